@@ -1,0 +1,273 @@
+//! The root port: bridge to one slot, and intake of the power management events that rise from it (PCI Express Base 6.0, sections
+//! 1.3.1, 5.3.3 and 6.1.6; PCI-to-PCI Bridge 1.2).
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::bdf::DevFn;
+use crate::cap::msi::{MsiCapability, MsiLayout, MsiLayoutError, MsiVectors};
+use crate::cap::pcie::{self, LinkSpeed, PcieRootPortCapability};
+use crate::cap::pm::{self, DState, PmCapability, PmeSupport};
+use crate::config::{CapabilitySpan, ConfigSpace, Identity, NoRoom};
+use crate::function::{BarIndex, PciBridge, PciFunction};
+use crate::interrupt::MsiAllocator;
+use crate::pme::{PmeSink, RequesterId};
+use crate::regs;
+
+/// Red Hat's generic PCI Express root port.
+const IDENTITY: Identity =
+    Identity { vendor: 0x1b36, device: 0x000c, revision: 0, class: 0x06_0400, subsystem: (0x1af4, 0x1100) };
+
+const MSI: MsiLayout = MsiLayout { vectors: 1, address_64: true, per_vector_mask: false };
+
+/// A root port that cannot be made: its capabilities contradict this crate's own limits.
+#[derive(Debug, thiserror::Error)]
+#[error("the root port at 00:{devfn} cannot be made; this is a defect, please report it")]
+pub struct RootPortError {
+    /// Which port.
+    pub devfn: DevFn,
+    /// What is wrong.
+    #[source]
+    pub source: RootPortErrorCause,
+}
+
+/// See [`RootPortError`].
+#[derive(Debug, thiserror::Error)]
+pub enum RootPortErrorCause {
+    /// A capability does not fit.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    /// The MSI capability is impossible.
+    #[error(transparent)]
+    Msi(#[from] MsiLayoutError),
+}
+
+/// Functions that cannot stand below a root port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChildrenError {
+    /// Only device 0 can be there (PCI Express Base 6.0, section 7.3.1).
+    #[error("a function cannot be at {0} below a root port; only device 00 can be there")]
+    Device(DevFn),
+    /// Two functions at one place.
+    #[error("two functions want {0} below the same root port; give one of them another function number")]
+    Taken(DevFn),
+    /// There is no function 0, without which a guest does not look for others.
+    #[error("the functions below a root port have no function 0; a guest would not look for the others")]
+    NoFunctionZero,
+    /// The functions were set before.
+    #[error("the functions below this root port were already set; they are fixed for its life")]
+    AlreadySet,
+}
+
+/// Called when the guest resets the bus below the port.
+pub type SecondaryResetHook = Box<dyn Fn() + Send + Sync>;
+
+#[derive(Debug)]
+struct State {
+    config: ConfigSpace,
+    pm: PmCapability,
+    pcie: PcieRootPortCapability,
+    msi: MsiVectors,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Spans {
+    pm: CapabilitySpan,
+    pcie: CapabilitySpan,
+    msi: CapabilitySpan,
+}
+
+/// A root port. It has no BARs and uses no INTx; it tells of PMEs by MSI.
+///
+/// Its configuration space answers in every power state: the guest must be able to see the port, and the port to take a PME, while it sleeps.
+/// Nothing is lost while its power is off.
+///
+/// Lock order: the port's lock comes before whatever [`MsiAllocator`] and its vectors lock. The functions below and the reset hook are called
+/// without it. Functions below hold this port weakly (as their [`PmeSink`]), since the port holds them.
+pub struct RootPort {
+    devfn: DevFn,
+    spans: Spans,
+    state: Mutex<State>,
+    children: OnceLock<Vec<(DevFn, Arc<dyn PciFunction>)>>,
+    reset_hook: OnceLock<SecondaryResetHook>,
+}
+
+impl fmt::Debug for RootPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let children: Vec<_> = self.children().iter().map(|(devfn, _)| devfn).collect();
+        f.debug_struct("RootPort")
+            .field("devfn", &self.devfn)
+            .field("children", &children)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RootPort {
+    /// A port at `devfn` on bus 0 with nothing below it, its windows closed, its bus unnumbered. `port_number` (Link Capabilities)
+    /// should differ between ports. Its message vector comes from `allocator` when the guest enables MSI.
+    pub fn new(
+        devfn: DevFn,
+        port_number: u8,
+        speed: LinkSpeed,
+        allocator: Arc<dyn MsiAllocator>,
+    ) -> Result<Self, RootPortError> {
+        Self::try_new(devfn, port_number, speed, allocator).map_err(|source| RootPortError { devfn, source })
+    }
+
+    fn try_new(
+        devfn: DevFn,
+        port_number: u8,
+        speed: LinkSpeed,
+        allocator: Arc<dyn MsiAllocator>,
+    ) -> Result<Self, RootPortErrorCause> {
+        let mut config = ConfigSpace::bridge(&IDENTITY);
+        let spans = Spans {
+            pm: config.add_capability(regs::CAP_PM, pm::LEN)?,
+            pcie: config.add_capability(regs::CAP_PCIE, pcie::LEN)?,
+            msi: config.add_capability(regs::CAP_MSI, MSI.capability_len())?,
+        };
+        config.add_bridge_subsystem(IDENTITY.subsystem)?;
+        let state = State {
+            config,
+            pm: PmCapability::new(PmeSupport::all(), true),
+            pcie: PcieRootPortCapability::new(port_number, speed),
+            msi: MsiVectors::new(MsiCapability::new(MSI)?, allocator),
+        };
+        Ok(Self {
+            devfn,
+            spans,
+            state: Mutex::new(state),
+            children: OnceLock::new(),
+            reset_hook: OnceLock::new(),
+        })
+    }
+
+    /// Its place on bus 0.
+    pub const fn devfn(&self) -> DevFn {
+        self.devfn
+    }
+
+    /// Puts functions below the port, once, before the machine starts.
+    pub fn set_children(&self, children: Vec<(DevFn, Arc<dyn PciFunction>)>) -> Result<(), ChildrenError> {
+        let mut places: Vec<_> = children.iter().map(|(devfn, _)| *devfn).collect();
+        places.sort_unstable();
+        if let Some(&devfn) = places.iter().find(|devfn| devfn.device() != 0) {
+            return Err(ChildrenError::Device(devfn));
+        }
+        if let Some(twice) = places.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(ChildrenError::Taken(twice[0]));
+        }
+        if places.first().is_some_and(|devfn| devfn.function() != 0) {
+            return Err(ChildrenError::NoFunctionZero);
+        }
+        self.children.set(children).map_err(|_| ChildrenError::AlreadySet)
+    }
+
+    /// The functions below, with their places on the secondary bus.
+    pub fn children(&self) -> &[(DevFn, Arc<dyn PciFunction>)] {
+        self.children.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// Sets what happens when the guest begins a secondary bus reset (Bridge Control). Called from a vCPU thread; must not block.
+    /// Returns `false` if there already was a hook, which then stays.
+    pub fn on_secondary_reset(&self, hook: SecondaryResetHook) -> bool {
+        self.reset_hook.set(hook).is_ok()
+    }
+
+    /// PowerState of the port itself.
+    pub fn power_state(&self) -> DState {
+        self.lock().pm.state()
+    }
+
+    /// The port's power resource went off.
+    pub fn power_off(&self) {
+        self.lock().pm.power_off();
+    }
+
+    /// The port's power resource is on: D0.
+    pub fn power_on(&self) {
+        self.lock().pm.power_on();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Register models are whole between any two statements that can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PciFunction for RootPort {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let mut state = self.lock();
+        state.config.read(offset, data);
+        if let Some(at) = self.spans.pm.relative(offset) {
+            state.pm.read(at, data);
+        } else if let Some(at) = self.spans.pcie.relative(offset) {
+            state.pcie.read(at, data);
+        } else if let Some(at) = self.spans.msi.relative(offset) {
+            state.msi.read(at, data);
+        }
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut state = self.lock();
+        let in_reset = |state: &State| {
+            state.config.registers().u16(regs::BRIDGE_CONTROL) & regs::BRIDGE_SECONDARY_RESET != 0
+        };
+        let was_in_reset = in_reset(&state);
+        state.config.write(offset, data);
+        if let Some(at) = self.spans.pm.relative(offset) {
+            // The port's own state has no effect outside it: what it puts away is its power resource's to say.
+            let _ = state.pm.write(at, data);
+        } else if let Some(at) = self.spans.pcie.relative(offset) {
+            if state.pcie.write(at, data) {
+                state.msi.signal(0);
+            }
+        } else if let Some(at) = self.spans.msi.relative(offset) {
+            // Our own model signals through the vector set, so nobody needs to learn of a new eventfd.
+            let _ = state.msi.write(at, data);
+        }
+        let reset_begins = in_reset(&state) && !was_in_reset;
+        drop(state);
+        if reset_begins && let Some(hook) = self.reset_hook.get() {
+            hook();
+        }
+    }
+
+    fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+}
+
+impl PciBridge for RootPort {
+    fn bus_range(&self) -> (u8, u8) {
+        let state = self.lock();
+        let registers = state.config.registers();
+        (registers.u8(regs::SECONDARY_BUS), registers.u8(regs::SUBORDINATE_BUS))
+    }
+
+    fn child(&self, devfn: DevFn) -> Option<Arc<dyn PciFunction>> {
+        self.children().iter().find(|(place, _)| *place == devfn).map(|(_, child)| Arc::clone(child))
+    }
+}
+
+impl PmeSink for RootPort {
+    fn power(&self, on: bool) {
+        if on { self.power_on() } else { self.power_off() }
+    }
+
+    fn pme(&self, from: DevFn) -> bool {
+        let mut state = self.lock();
+        let bus = state.config.registers().u8(regs::SECONDARY_BUS);
+        let has_interrupt = state.msi.capability().is_enabled();
+        // Whatever state the port is in: a message from below is what brings it back.
+        if state.pcie.receive_pme(RequesterId { bus, devfn: from }, has_interrupt) {
+            state.msi.signal(0);
+        }
+        has_interrupt && state.pcie.is_listening()
+    }
+}
+
+#[cfg(test)]
+mod tests;
