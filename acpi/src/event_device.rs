@@ -1,0 +1,101 @@
+//! The generic event device and the power button (ACPI 6.5, sections 5.6.9 and 4.8.3.2.2).
+//!
+//! `_EVT` reads EVENTS ([`event_abi`](crate::event_abi)), which clears it. For a wake it reads each WAKE register of the power
+//! notification device that can name a function, which clears that too, and notifies the functions named.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    And, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Interrupt, Local,
+    Method, Name, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+};
+use pci::DevFn;
+
+use crate::event_abi::{BLOCK_SIZE, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_WAKE, NOTIFY_POWER_BUTTON};
+use crate::notify_abi::{ResourceIndex, WAKE_OFFSET, WAKE_WORD_COUNT, WakeWord};
+use crate::ops::Terms;
+use crate::pci_root::{device, node_path};
+use crate::platform::{PciDescription, PlatformDescription};
+
+/// `Device (\_SB.PWRB)` and `Device (\_SB.GED)`, to be put into the scope of `\_SB`.
+pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
+    let mut button = Terms::new();
+    button.push(&Name::new("_HID".into(), &EISAName::new("PNP0C0C")));
+    device(terms, "PWRB", &button);
+
+    let mut ged = Terms::new();
+    ged.push(&Name::new("_HID".into(), &"ACPI0013"));
+    ged.push(&Name::new("_UID".into(), &ZERO));
+    let interrupt = Interrupt::new(true, true, false, false, platform.event_device.gsi);
+    ged.push(&Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])));
+    let events = vec![FieldEntry::Named(*b"EVTS", 32)];
+    registers(&mut ged, "EREG", platform.event_device.address, BLOCK_SIZE, events);
+    let words = (0..WAKE_WORD_COUNT).map(|word| FieldEntry::Named(wake_field(word), 32)).collect();
+    let wake_registers = platform.power_notification.saturating_add(WAKE_OFFSET);
+    registers(&mut ged, "WREG", wake_registers, WAKE_WORD_COUNT as u64 * 4, words);
+
+    let wakes = wakes(&platform.pci);
+    ged.push(&Method::new(
+        "_EVT".into(),
+        1,
+        true,
+        vec![
+            &Store::new(&Local(0), &Path::new("EVTS")),
+            &If::new(
+                &And::new(&ZERO, &Local(0), &EVENT_POWER_BUTTON),
+                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &NOTIFY_POWER_BUTTON)],
+            ),
+            &If::new(&And::new(&ZERO, &Local(0), &EVENT_WAKE), vec![&wakes]),
+        ],
+    ));
+    device(terms, "GED_", &ged);
+}
+
+fn registers(terms: &mut Terms, name: &str, address: u64, size: u64, fields: Vec<FieldEntry>) {
+    terms.push(&OpRegion::new(name.into(), OpRegionSpace::SystemMemory, &address, &size));
+    terms.push(&Field::new(
+        name.into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        fields,
+    ));
+}
+
+fn wake_field(word: usize) -> [u8; 4] {
+    // There are eight of them.
+    [b'W', b'A', b'K', b'0'.saturating_add(word.to_le_bytes()[0])]
+}
+
+/// Reads each WAKE register once and notifies whom it names. Root ports are never woken on their own account.
+fn wakes(pci: &PciDescription) -> Terms {
+    let on_bus_0 = pci.functions.iter().map(|function| (None, function));
+    let below = pci.root_ports.iter().flat_map(|port| port.functions.iter().map(|f| (Some(port.devfn), f)));
+    let mut functions: Vec<(ResourceIndex, Path)> = on_bus_0
+        .chain(below)
+        .filter_map(|(port, f): (Option<DevFn>, _)| Some((f.resource?, node_path(port, f.devfn))))
+        .collect();
+    functions.sort_by_key(|(index, _)| *index);
+
+    let mut terms = Terms::new();
+    let mut current: Option<WakeWord> = None;
+    for (index, path) in &functions {
+        let word = index.wake_word();
+        if current != Some(word) {
+            current = Some(word);
+            terms.push(&Store::new(&Local(1), &WakeField(word)));
+        }
+        terms.push(&If::new(
+            &And::new(&ZERO, &Local(1), &index.wake_mask()),
+            vec![&Notify::new(path, &NOTIFY_DEVICE_WAKE)],
+        ));
+    }
+    terms
+}
+
+struct WakeField(WakeWord);
+
+impl Aml for WakeField {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&wake_field(self.0.as_usize()));
+    }
+}

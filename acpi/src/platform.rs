@@ -1,0 +1,145 @@
+//! What the tables have to describe: the machine as plain data.
+//!
+//! The builder of the machine fills in a [`PlatformDescription`] once everything has its address, and hands it to
+//! [`tables::generate`](crate::tables::generate). Nothing here is x86 memory map knowledge: every address is an argument.
+
+use pci::DevFn;
+
+use crate::notify_abi::ResourceIndex;
+
+/// Where the CMOS clock keeps the century, among its 128 bytes. The FADT tells the guest.
+pub const RTC_CENTURY_BYTE: u8 = 0x32;
+
+/// A range of physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressRange {
+    /// First address.
+    pub base: u64,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// A range of I/O ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// First port.
+    pub base: u16,
+    /// How many ports.
+    pub size: u16,
+}
+
+/// The whole machine, as far as firmware describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlatformDescription {
+    /// APIC id of each vCPU, in the order of their numbers; the first is the one that boots.
+    pub processors: Vec<u32>,
+    /// Interrupt controllers.
+    pub interrupts: InterruptDescription,
+    /// The PCI Express hierarchy.
+    pub pci: PciDescription,
+    /// Address of the power notification device's page (see [`notify_abi`](crate::notify_abi)).
+    pub power_notification: u64,
+    /// The generic event device.
+    pub event_device: EventDeviceDescription,
+    /// Sleep registers and fixed events.
+    pub fixed_hardware: FixedHardwareDescription,
+    /// The reset register.
+    pub reset: ResetDescription,
+    /// The first serial port; `None` leaves it out of the tables.
+    pub serial: Option<LegacyDeviceDescription>,
+    /// The CMOS real-time clock; `None` tells the guest that there is none.
+    pub rtc: Option<LegacyDeviceDescription>,
+}
+
+/// The interrupt controllers of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterruptDescription {
+    /// Physical address of every local APIC.
+    pub local_apic_address: u32,
+    /// Identification of the one I/O APIC, whose pins are the GSIs from 0 on.
+    pub io_apic_id: u8,
+    /// Physical address of the I/O APIC.
+    pub io_apic_address: u32,
+}
+
+/// PCI segment 0: its configuration space, its windows, and what sits on bus 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciDescription {
+    /// Enhanced configuration space: 1 MiB per bus, from bus 0 on.
+    pub ecam: AddressRange,
+    /// Memory window below 4 GiB.
+    pub mmio32: AddressRange,
+    /// Memory window above 4 GiB; `None` when there is none.
+    pub mmio64: Option<AddressRange>,
+    /// Window of I/O ports.
+    pub io: PortRange,
+    /// First of the eight GSIs that INTx pins share. Device `d` of bus 0 raises pin `p` (0 is INTA) on
+    /// `intx_gsi_base + (d + p) % 8`.
+    pub intx_gsi_base: u32,
+    /// Root ports and what is below them.
+    pub root_ports: Vec<RootPortDescription>,
+    /// Functions that sit on bus 0 itself: all that have a power resource or may raise an interrupt pin.
+    pub functions: Vec<FunctionDescription>,
+}
+
+/// A root port on bus 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootPortDescription {
+    /// Where it sits on bus 0.
+    pub devfn: DevFn,
+    /// Its power resource; `None` when nothing below it is offered power control.
+    pub resource: Option<ResourceIndex>,
+    /// What is on the bus below it.
+    pub functions: Vec<FunctionDescription>,
+}
+
+/// A function: an assigned device or one of its functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FunctionDescription {
+    /// Where it sits on its bus.
+    pub devfn: DevFn,
+    /// Its power resource; `None` when it is not offered power control.
+    pub resource: Option<ResourceIndex>,
+}
+
+/// The generic event device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventDeviceDescription {
+    /// Address of its register (see [`event_abi`](crate::event_abi)).
+    pub address: u64,
+    /// Its interrupt: edge-triggered, active high.
+    pub gsi: u32,
+}
+
+/// The fixed hardware of ACPI 6.5, section 4.8: the PM1 blocks of [`pm1`](crate::pm1) at I/O ports.
+///
+/// This is what a guest needs to be woken from suspend-to-idle by its clock. Linux arms the clock's alarm as a wake-up
+/// through the fixed RTC event and through nothing else when ACPI is there (`rtc-cmos.c`: `wake_on` replaces
+/// `enable_irq_wake`), and that event wakes through the system control interrupt. A hardware-reduced machine has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FixedHardwareDescription {
+    /// First port of the PM1a event block ([`pm1::EVENT_BLOCK_SIZE`](crate::pm1::EVENT_BLOCK_SIZE) ports).
+    pub event_block: u16,
+    /// First port of the PM1a control block ([`pm1::CONTROL_BLOCK_SIZE`](crate::pm1::CONTROL_BLOCK_SIZE) ports).
+    pub control_block: u16,
+    /// The system control interrupt, under 16: edge-triggered, active high. The GSI has the same number.
+    pub sci: u8,
+}
+
+/// The reset register (ACPI 6.5, section 4.8.3.6): one byte of memory space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResetDescription {
+    /// Its address.
+    pub address: u64,
+    /// What the guest writes to it to reset the machine.
+    pub value: u8,
+}
+
+/// A device at fixed I/O ports with an ISA interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LegacyDeviceDescription {
+    /// Its first port.
+    pub port: u16,
+    /// Its interrupt: edge-triggered, active high. The GSI has the same number.
+    pub irq: u8,
+}

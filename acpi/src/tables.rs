@@ -1,0 +1,228 @@
+//! Putting the tables together: placement, pointers and checksums (ACPI 6.5, section 5.2).
+//!
+//! ```text
+//! RSDP ──> XSDT ──> FADT ──> DSDT, FACS
+//!               ──> MADT
+//!               ──> MCFG
+//! ```
+
+use std::collections::BTreeSet;
+
+use acpi_tables::fadt::FADT;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use pci::DevFn;
+
+use crate::dsdt;
+use crate::fixed::{self, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
+use crate::notify_abi::{self, ResourceIndex};
+use crate::platform::{AddressRange, FunctionDescription, PlatformDescription};
+
+/// Tables start at multiples of this; FACS needs it, the others take it.
+const ALIGNMENT: u64 = 64;
+/// Revision of a DSDT whose integers have 64 bits.
+const DSDT_REVISION: u8 = 2;
+/// A processor's node is called `C` and three hexadecimal digits.
+const MAX_PROCESSORS: usize = 0x1000;
+
+/// A table and where to put it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedTable {
+    /// Its signature; `RSD PTR ` is shortened to `RSDP`.
+    pub signature: [u8; 4],
+    /// Guest physical address.
+    pub address: u64,
+    /// Its contents.
+    pub bytes: Vec<u8>,
+}
+
+impl PlacedTable {
+    fn end(&self) -> u64 {
+        self.address.saturating_add(self.bytes.len() as u64)
+    }
+}
+
+/// All tables, ready to be copied to guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcpiTables {
+    /// Address of the RSDP: that of the area.
+    pub rsdp: u64,
+    /// The tables, from low to high addresses, not overlapping. The first is the RSDP.
+    pub tables: Vec<PlacedTable>,
+}
+
+impl AcpiTables {
+    /// The table with this signature.
+    pub fn table(&self, signature: [u8; 4]) -> Option<&PlacedTable> {
+        self.tables.iter().find(|table| table.signature == signature)
+    }
+}
+
+/// Why a machine cannot be described.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TableError {
+    /// The area does not start at a multiple of 64.
+    #[error("the ACPI tables cannot start at {0:#x}: the address must be a multiple of 64")]
+    UnalignedArea(u64),
+    /// No vCPU, or more than the tables can name.
+    #[error("the ACPI tables can describe 1 to {MAX_PROCESSORS} vCPUs, not {0}")]
+    Processors(usize),
+    /// A range is empty, or does not fit where it has to.
+    #[error(
+        "the {what} at {base:#x} of {size:#x} bytes cannot be described: it is empty, wraps around or leaves its space"
+    )]
+    Range {
+        /// What the range is for.
+        what: &'static str,
+        /// Its first address.
+        base: u64,
+        /// Its length.
+        size: u64,
+    },
+    /// Two functions are at one address.
+    #[error("two functions are at {devfn} of bus 0 or below one root port")]
+    DuplicateFunction {
+        /// Their address.
+        devfn: DevFn,
+    },
+    /// Two functions have one power resource.
+    #[error("power resource {0} is given to two functions; each needs one of its own")]
+    DuplicateResource(ResourceIndex),
+    /// The system control interrupt is no ISA interrupt.
+    #[error("the system control interrupt must be an ISA interrupt under 16, not {0}")]
+    SystemControlInterrupt(u8),
+}
+
+/// Tables that the XSDT lists.
+const LISTED: [[u8; 4]; 3] = [*b"FACP", *b"APIC", *b"MCFG"];
+
+/// The tables of a machine before it is known where they go. Their sizes are final; what holds addresses of other tables is
+/// still empty.
+#[derive(Clone, Debug)]
+pub struct UnplacedTables<'a> {
+    platform: &'a PlatformDescription,
+    /// Addresses count from the start of the area.
+    tables: Vec<PlacedTable>,
+}
+
+/// Generates the tables for `platform`.
+pub fn generate(platform: &PlatformDescription) -> Result<UnplacedTables<'_>, TableError> {
+    check(platform)?;
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_LENGTH, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&dsdt::contents(platform));
+    let mut unplaced = UnplacedTables { platform, tables: Vec::new() };
+    unplaced.add(*b"RSDP", vec![0; Rsdp::len()]);
+    unplaced.add(*b"DSDT", dsdt.as_slice().to_vec());
+    unplaced.add(*b"FACS", fixed::facs());
+    unplaced.add(*b"FACP", vec![0; FADT::len()]);
+    unplaced.add(*b"APIC", fixed::madt(platform));
+    unplaced.add(*b"MCFG", fixed::mcfg(platform));
+    unplaced.add(*b"XSDT", xsdt([0; LISTED.len()]));
+    Ok(unplaced)
+}
+
+impl UnplacedTables<'_> {
+    /// How many bytes the tables take from the RSDP to the end of the last one.
+    pub fn size(&self) -> u64 {
+        self.tables.last().map_or(0, PlacedTable::end)
+    }
+
+    /// Puts the RSDP at `area` and the others after it, and has them point at each other.
+    pub fn place(mut self, area: u64) -> Result<AcpiTables, TableError> {
+        if !area.is_multiple_of(ALIGNMENT) {
+            return Err(TableError::UnalignedArea(area));
+        }
+        for table in &mut self.tables {
+            table.address = table.address.saturating_add(area);
+        }
+        let fadt = fixed::fadt(self.platform, self.address(*b"DSDT"), self.address(*b"FACS"));
+        let xsdt = xsdt(LISTED.map(|signature| self.address(signature)));
+        let rsdp = bytes(&Rsdp::new(OEM_ID, self.address(*b"XSDT")));
+        self.fill(*b"FACP", fadt);
+        self.fill(*b"XSDT", xsdt);
+        self.fill(*b"RSDP", rsdp);
+        Ok(AcpiTables { rsdp: area, tables: self.tables })
+    }
+
+    fn add(&mut self, signature: [u8; 4], bytes: Vec<u8>) {
+        let address = self.size().checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
+        self.tables.push(PlacedTable { signature, address, bytes });
+    }
+
+    fn address(&self, signature: [u8; 4]) -> u64 {
+        self.tables.iter().find(|table| table.signature == signature).map_or(0, |table| table.address)
+    }
+
+    fn fill(&mut self, signature: [u8; 4], bytes: Vec<u8>) {
+        if let Some(table) = self.tables.iter_mut().find(|table| table.signature == signature) {
+            debug_assert_eq!(table.bytes.len(), bytes.len(), "a table's length was foreseen");
+            table.bytes = bytes;
+        }
+    }
+}
+
+fn xsdt(entries: [u64; LISTED.len()]) -> Vec<u8> {
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    entries.into_iter().for_each(|address| xsdt.add_entry(address));
+    bytes(&xsdt)
+}
+
+/// Refuses what the generators cannot express, so that they need not fail.
+fn check(platform: &PlatformDescription) -> Result<(), TableError> {
+    let processors = platform.processors.len();
+    if !(1..=MAX_PROCESSORS).contains(&processors) {
+        return Err(TableError::Processors(processors));
+    }
+    if let sci @ 16.. = platform.fixed_hardware.sci {
+        return Err(TableError::SystemControlInterrupt(sci));
+    }
+    let pci = &platform.pci;
+    check_range("PCI configuration space", pci.ecam, u64::MAX)?;
+    check_range("32-bit PCI memory window", pci.mmio32, u64::from(u32::MAX))?;
+    if let Some(mmio64) = pci.mmio64 {
+        check_range("64-bit PCI memory window", mmio64, u64::MAX)?;
+    }
+    let io = AddressRange { base: u64::from(pci.io.base), size: u64::from(pci.io.size) };
+    check_range("PCI I/O window", io, u64::from(u16::MAX))?;
+    let page = AddressRange { base: platform.power_notification, size: notify_abi::PAGE_SIZE };
+    check_range("power notification device", page, u64::MAX)?;
+
+    let ports =
+        pci.root_ports.iter().map(|port| FunctionDescription { devfn: port.devfn, resource: port.resource });
+    let mut resources = BTreeSet::new();
+    check_bus(pci.functions.iter().copied().chain(ports), &mut resources)?;
+    for port in &pci.root_ports {
+        check_bus(port.functions.iter().copied(), &mut resources)?;
+    }
+    Ok(())
+}
+
+fn check_range(what: &'static str, range: AddressRange, last_possible: u64) -> Result<(), TableError> {
+    let AddressRange { base, size } = range;
+    let last = size.checked_sub(1).and_then(|length| base.checked_add(length));
+    // A whole 64-bit space has a length that no descriptor can hold.
+    if last.is_some_and(|last| last <= last_possible) && size != u64::MAX {
+        Ok(())
+    } else {
+        Err(TableError::Range { what, base, size })
+    }
+}
+
+fn check_bus(
+    functions: impl Iterator<Item = FunctionDescription>,
+    resources: &mut BTreeSet<ResourceIndex>,
+) -> Result<(), TableError> {
+    let mut seen = BTreeSet::new();
+    for function in functions {
+        if !seen.insert(function.devfn) {
+            return Err(TableError::DuplicateFunction { devfn: function.devfn });
+        }
+        if let Some(index) = function.resource
+            && !resources.insert(index)
+        {
+            return Err(TableError::DuplicateResource(index));
+        }
+    }
+    Ok(())
+}
