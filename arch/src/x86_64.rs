@@ -1,0 +1,8 @@
+//! The PC: flat memory map, bzImage and PVH boot, CPUID, registers.
+
+pub mod apic;
+pub mod boot;
+pub mod cpuid;
+pub mod layout;
+pub mod loader;
+pub mod topology;
