@@ -1,0 +1,302 @@
+//! The command line: options as Cloud Hypervisor spells them, and what the user asked for by them.
+//!
+//! Options of Cloud Hypervisor that Dormouse does not have yet are known by name, so that they are refused as
+//! such and not as a typing error.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use log::LevelFilter;
+use pci::Bdf;
+use thiserror::Error;
+
+use crate::config::{
+    ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, OptionError, PayloadConfig, PlatformConfig,
+    VmConfig,
+};
+use crate::doctor::DoctorOptions;
+
+#[cfg(test)]
+mod tests;
+
+/// Options of Cloud Hypervisor that are refused, with or without values.
+const NOT_YET: &[&str] = &[
+    "api-socket",
+    "balloon",
+    "dbus-object-path",
+    "dbus-service-name",
+    "dbus-system-bus",
+    "debug-console",
+    "disk",
+    "event-monitor",
+    "fs",
+    "fw-cfg-config",
+    "gdb",
+    "generic-vhost-user",
+    "host-data",
+    "igvm",
+    "ivshmem",
+    "landlock",
+    "landlock-rules",
+    "log-format",
+    "memory-zone",
+    "net",
+    "no-shutdown",
+    "numa",
+    "pci-segment",
+    "pmem",
+    "pvmemcontrol",
+    "pvpanic",
+    "rate-limit-group",
+    "restore",
+    "rng",
+    "rtc",
+    "tpm",
+    "user-device",
+    "vdpa",
+    "vsock",
+    "watchdog",
+];
+
+/// Boots a virtual machine whose assigned devices really sleep.
+#[derive(Debug, Parser)]
+#[command(
+    name = "dormouse",
+    version = concat!("v", env!("CARGO_PKG_VERSION")),
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true
+)]
+struct Cli {
+    #[command(flatten)]
+    run: Run,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Kernel to boot: a bzImage, or an ELF file with a PVH entry point.
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// Firmware to boot (not there yet).
+    #[arg(long, value_name = "PATH", hide = true)]
+    firmware: Option<PathBuf>,
+    /// Initial RAM file system for the kernel.
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
+    /// Command line of the kernel.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Processors: boot=1,topology=THREADS:CORES:DIES:PACKAGES,max_phys_bits=46,nested=on
+    #[arg(long, value_name = "KEYS")]
+    cpus: Option<String>,
+    /// Memory: size=512M,shared=off,prefault=off,thp=on
+    #[arg(long, value_name = "KEYS")]
+    memory: Option<String>,
+    /// Machine: iommufd=off,system_serial_number=,system_uuid=,oem_strings=[..] and other SMBIOS strings
+    #[arg(long, value_name = "KEYS")]
+    platform: Option<String>,
+    /// Serial port: off, null, pty, tty, file=PATH or socket=PATH
+    #[arg(long, value_name = "MODE", default_value = "null")]
+    serial: String,
+    /// Paravirtual console: off or null
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    console: String,
+    /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
+    /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    device: Vec<String>,
+    /// Write the log to this file instead of standard error.
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
+    /// Log more: -v, -vv, -vvv.
+    #[arg(short = 'v', action = ArgAction::Count)]
+    verbosity: u8,
+    /// System call filter; only "false" so far.
+    #[arg(long, value_name = "MODE", value_enum, hide = true)]
+    seccomp: Option<Seccomp>,
+}
+
+/// System call filters of Cloud Hypervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Seccomp {
+    True,
+    False,
+    Log,
+    Errno,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Give a host device, with its whole IOMMU group, to vfio-pci, so that a guest can have it.
+    Bind {
+        /// PCI address on the host, such as 0000:01:00.0.
+        bdf: Bdf,
+        /// Take it away even if the host has mounted a file system of it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Give a host device, with its whole IOMMU group, back to its own driver.
+    Unbind {
+        /// PCI address on the host, such as 0000:01:00.0.
+        bdf: Bdf,
+    },
+    /// Say what keeps a host device from losing its power, without waking it. Without BDF: a table of all devices.
+    ///
+    /// The exit status is 0 if all is well, 2 if there are warnings, 3 if something keeps the device from D3cold or from a guest, and
+    /// 1 if the doctor itself failed. Without BDF it is that of the device that is best off.
+    Doctor {
+        /// PCI address on the host, such as 0000:01:00.0.
+        bdf: Option<Bdf>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Really try it: bind the device to vfio-pci if need be, put it to sleep, bring it back, and leave it as it was.
+        #[arg(long, requires = "bdf")]
+        verify: bool,
+    },
+}
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Action {
+    /// Print this on standard output and exit with success.
+    Print(String),
+    /// Bind a device to vfio-pci.
+    Bind {
+        /// Its address.
+        bdf: Bdf,
+        /// Even if the host still uses it.
+        force: bool,
+    },
+    /// Give a device back to its own driver.
+    Unbind(Bdf),
+    /// Examine a device, or all.
+    Doctor(DoctorOptions),
+    /// Run a machine. The configuration has not been validated.
+    Run {
+        /// The machine.
+        config: Box<VmConfig>,
+        /// Where and how much to log.
+        log: LogOptions,
+    },
+}
+
+/// Where and how much to log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogOptions {
+    /// The file; standard error if absent.
+    pub file: Option<PathBuf>,
+    /// The least important level that is written.
+    pub level: LevelFilter,
+}
+
+/// What is wrong with the command line: one line for standard error.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CliError {
+    /// Unknown options, missing values, values of the wrong form.
+    #[error("{0}; --help lists the options")]
+    Usage(String),
+    /// A value whose own grammar is not kept.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// An option of Cloud Hypervisor that is not there yet.
+    #[error("--{0} is not in Dormouse yet; leave it out, or see docs/compatibility.md")]
+    NotYet(String),
+}
+
+/// Reads the command line, the program's name first.
+///
+/// # Errors
+/// See [`CliError`].
+pub fn parse<I>(arguments: I) -> Result<Action, CliError>
+where
+    I: IntoIterator,
+    I::Item: Into<OsString> + Clone,
+{
+    let matches = match command().try_get_matches_from(arguments) {
+        Ok(matches) => matches,
+        Err(error) => return usage(&error),
+    };
+    if let Some(name) = NOT_YET.iter().find(|name| matches.contains_id(name)) {
+        return Err(CliError::NotYet((*name).to_owned()));
+    }
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match cli.command {
+        Some(Command::Bind { bdf, force }) => Ok(Action::Bind { bdf, force }),
+        Some(Command::Unbind { bdf }) => Ok(Action::Unbind(bdf)),
+        Some(Command::Doctor { bdf, json, verify }) => {
+            Ok(Action::Doctor(DoctorOptions { bdf, json, verify }))
+        }
+        None => cli.run.action(),
+    }
+}
+
+/// The command with the options that are only known to be refused.
+fn command() -> clap::Command {
+    NOT_YET.iter().fold(Cli::command(), |command, &name| {
+        let argument = clap::Arg::new(name)
+            .long(name)
+            .hide(true)
+            .num_args(0..)
+            .action(ArgAction::Append)
+            .value_name("KEYS");
+        command.arg(argument)
+    })
+}
+
+/// Help and version are answers; everything else is made one line.
+fn usage(error: &clap::Error) -> Result<Action, CliError> {
+    let text = error.render().to_string();
+    match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Ok(Action::Print(text)),
+        _ => {
+            let lines: Vec<_> =
+                text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+            let line = lines.join(" ");
+            Err(CliError::Usage(line.strip_prefix("error: ").unwrap_or(&line).to_owned()))
+        }
+    }
+}
+
+impl Run {
+    fn action(self) -> Result<Action, CliError> {
+        if self.seccomp.is_some_and(|seccomp| seccomp != Seccomp::False) {
+            return Err(CliError::NotYet("seccomp other than false".to_owned()));
+        }
+        let devices: Vec<_> =
+            self.device.iter().map(|text| DeviceConfig::parse(text)).collect::<Result<_, _>>()?;
+        let config = VmConfig {
+            cpus: self.cpus.as_deref().map_or_else(|| Ok(CpusConfig::default()), CpusConfig::parse)?,
+            memory: self
+                .memory
+                .as_deref()
+                .map_or_else(|| Ok(MemoryConfig::default()), MemoryConfig::parse)?,
+            payload: Some(PayloadConfig {
+                firmware: self.firmware,
+                kernel: self.kernel,
+                cmdline: self.cmdline,
+                initramfs: self.initramfs,
+            }),
+            serial: ConsoleConfig::parse("--serial", &self.serial)?,
+            console: ConsoleConfig::parse("--console", &self.console)?,
+            devices: (!devices.is_empty()).then_some(devices),
+            platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
+        };
+        let level = match self.verbosity {
+            0 => LevelFilter::Warn,
+            1 => LevelFilter::Info,
+            2 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        };
+        Ok(Action::Run { config: Box::new(config), log: LogOptions { file: self.log_file, level } })
+    }
+}

@@ -1,0 +1,377 @@
+//! Whether a configuration makes sense, before anything is opened or created for it.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use acpi::smbios::SystemIdentity;
+use arch::layout::MIN_RAM;
+use arch::topology::{APIC_ID_MAX, Topology, TopologyError};
+use devices::serial::SerialMode;
+use pci::Bdf;
+use thiserror::Error;
+use vfio_pm::{Policy, PolicyChange, PolicyError};
+
+use super::{
+    ConsoleConfig, ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig,
+    PlatformConfig, VmConfig,
+};
+
+/// One for each APIC ID that an interrupt can be sent to.
+const MAX_VCPUS: u16 = APIC_ID_MAX as u16 + 1;
+
+/// Where it is written what Dormouse has of Cloud Hypervisor.
+const COMPATIBILITY: &str = "docs/compatibility.md";
+
+/// What is wrong with a configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// Nothing to boot.
+    #[error("there is nothing to boot: give a kernel with --kernel PATH")]
+    NoKernel,
+    /// A setting of Cloud Hypervisor that Dormouse does not have yet.
+    #[error("{setting} is not in Dormouse yet; leave it out, or see {COMPATIBILITY}")]
+    NotYet {
+        /// The option and key.
+        setting: &'static str,
+    },
+    /// Too little memory.
+    #[error("--memory size={size} is too little: the guest needs at least {MIN_RAM} bytes (64M)")]
+    MemoryTooSmall {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// A size that is no number of pages.
+    #[error("--memory size={size} is not a whole number of 4 KiB pages; round it up")]
+    MemoryNotPages {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// No vCPU, or more than there can be.
+    #[error(
+        "--cpus boot={boot}: a machine has from 1 to 255 vCPUs, as many as KVM's IOAPIC can send interrupts to"
+    )]
+    CpuCount {
+        /// vCPUs asked for.
+        boot: u32,
+    },
+    /// A topology that does not match.
+    #[error("--cpus topology: {0}")]
+    Topology(TopologyError),
+    /// A power policy that makes no sense.
+    #[error("--device {0}")]
+    Policy(PolicyError),
+    /// A width that no processor has.
+    #[error("--cpus max_phys_bits={bits} is not possible; use 36 to 52")]
+    PhysBits {
+        /// The width.
+        bits: u8,
+    },
+    /// Devices that are to reach each other.
+    #[error(
+        "--platform vfio_p2p_dma=on is not in Dormouse yet: the {devices} assigned devices would not reach each other's \
+         BARs; write vfio_p2p_dma=off"
+    )]
+    PeerToPeer {
+        /// How many devices are assigned.
+        devices: usize,
+    },
+    /// A device without a path.
+    #[error("--device needs the device: write path=/sys/bus/pci/devices/SEGMENT:BUS:DEVICE.FUNCTION")]
+    NoDevicePath,
+    /// The path leads nowhere.
+    #[error("--device path={}: no such device ({error}); `lspci -D` lists those there are", path.display())]
+    DevicePath {
+        /// The path.
+        path: PathBuf,
+        /// The operating system's answer.
+        error: io::Error,
+    },
+    /// The path leads to something else.
+    #[error(
+        "--device path={}: this is not a PCI device; \
+         write path=/sys/bus/pci/devices/SEGMENT:BUS:DEVICE.FUNCTION",
+        path.display()
+    )]
+    NotPci {
+        /// The path.
+        path: PathBuf,
+    },
+    /// One device twice.
+    #[error("--device path={} is given twice; give each device once", path.display())]
+    SameDevice {
+        /// The second path.
+        path: PathBuf,
+    },
+    /// One name twice.
+    #[error("--device id={id} is given twice; give each device its own name")]
+    SameId {
+        /// The name.
+        id: String,
+    },
+    /// A name that the VMM keeps for itself.
+    #[error("--device id={id}: names that start with two underscores are reserved; choose another")]
+    ReservedId {
+        /// The name.
+        id: String,
+    },
+    /// A guest device number that cannot be had.
+    #[error("--device pci_device_id={number} is not possible; use 1 to 31")]
+    DeviceNumber {
+        /// The number.
+        number: u8,
+    },
+    /// A BAR that no function has.
+    #[error("--device x_exclude_mmap_bars: a function has no BAR {bar}; use 0 to 5")]
+    Bar {
+        /// The number.
+        bar: u64,
+    },
+    /// Not a UUID.
+    #[error("--platform system_uuid={uuid} is no UUID; write it as 8-4-4-4-12 hexadecimal digits")]
+    Uuid {
+        /// What was given.
+        uuid: String,
+    },
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked without a guest.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match &self.payload {
+            Some(payload) if payload.firmware.is_some() => return Err(not_yet("--firmware")),
+            Some(payload) if payload.kernel.is_some() => {}
+            _ => return Err(ConfigError::NoKernel),
+        }
+        self.cpus.validate()?;
+        self.memory.validate()?;
+        self.console.validate_as_console()?;
+        if let Some(platform) = &self.platform {
+            platform.validate()?;
+        }
+        let devices = self.devices.as_deref().unwrap_or_default();
+        let peers = self.platform.as_ref().is_some_and(|platform| platform.vfio_p2p_dma == Some(true));
+        if peers && devices.len() > 1 {
+            return Err(ConfigError::PeerToPeer { devices: devices.len() });
+        }
+        validate_devices(devices)
+    }
+}
+
+impl CpusConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        refuse(self.kvm_hyperv, "--cpus kvm_hyperv=on")?;
+        refuse(self.affinity.is_some(), "--cpus affinity")?;
+        refuse(self.features.amx, "--cpus features=[amx]")?;
+        refuse(self.core_scheduling != CoreScheduling::Vm, "--cpus core_scheduling other than vm")?;
+        refuse(self.max_vcpus != self.boot_vcpus, "--cpus max other than boot")?;
+        if !(36..=52).contains(&self.max_phys_bits) {
+            return Err(ConfigError::PhysBits { bits: self.max_phys_bits });
+        }
+        self.arch_topology().map(|_| ())
+    }
+
+    /// The number of vCPUs.
+    ///
+    /// # Errors
+    /// [`ConfigError::CpuCount`].
+    pub fn vcpus(&self) -> Result<u16, ConfigError> {
+        let boot = self.boot_vcpus;
+        u16::try_from(boot)
+            .ok()
+            .filter(|count| (1..=MAX_VCPUS).contains(count))
+            .ok_or(ConfigError::CpuCount { boot })
+    }
+
+    /// How the vCPUs are grouped.
+    ///
+    /// # Errors
+    /// [`ConfigError::CpuCount`] or [`ConfigError::Topology`].
+    pub fn arch_topology(&self) -> Result<Topology, ConfigError> {
+        let vcpus = self.vcpus()?;
+        let topology = match self.topology {
+            None => Topology::flat(vcpus),
+            Some(t) => {
+                Topology::new(t.threads_per_core, t.cores_per_die, t.dies_per_package, t.packages, vcpus)
+            }
+        };
+        topology.map_err(ConfigError::Topology)
+    }
+}
+
+impl MemoryConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        refuse(self.mergeable, "--memory mergeable=on")?;
+        refuse(self.hugepages, "--memory hugepages=on")?;
+        refuse(self.hugepage_size.is_some(), "--memory hugepage_size")?;
+        refuse(self.hotplug_method != HotplugMethod::Acpi, "--memory hotplug_method=virtio-mem")?;
+        refuse(self.hotplug_size.is_some_and(|size| size > 0), "--memory hotplug_size")?;
+        refuse(self.hotplugged_size.is_some_and(|size| size > 0), "--memory hotplugged_size")?;
+        refuse(self.reserve, "--memory reserve=on")?;
+        let size = self.size;
+        if size < MIN_RAM {
+            return Err(ConfigError::MemoryTooSmall { size });
+        }
+        if !size.is_multiple_of(4096) {
+            return Err(ConfigError::MemoryNotPages { size });
+        }
+        Ok(())
+    }
+}
+
+impl ConsoleConfig {
+    /// As the paravirtual console. (A serial port takes any mode, and clients fill in the rest for it without meaning it.)
+    fn validate_as_console(&self) -> Result<(), ConfigError> {
+        let has_device = !matches!(self.mode, ConsoleMode::Off | ConsoleMode::Null);
+        refuse(has_device, "--console other than off and null")?;
+        refuse(self.id.is_some(), "--console id")?;
+        refuse(self.iommu, "--console iommu=on")?;
+        refuse(self.pci_segment != 0, "--console pci_segment other than 0")?;
+        refuse(self.pci_device_id.is_some(), "--console pci_device_id")
+    }
+
+    /// As the serial port takes it.
+    pub fn serial_mode(&self) -> SerialMode {
+        match (self.mode, &self.file, &self.socket) {
+            (ConsoleMode::Off, ..) => SerialMode::Off,
+            (ConsoleMode::Pty, ..) => SerialMode::Pty,
+            (ConsoleMode::Tty, ..) => SerialMode::Tty,
+            (ConsoleMode::File, Some(path), _) => SerialMode::File(path.clone()),
+            (ConsoleMode::Socket, _, Some(path)) => SerialMode::Socket(path.clone()),
+            (ConsoleMode::Null | ConsoleMode::File | ConsoleMode::Socket, ..) => SerialMode::Null,
+        }
+    }
+}
+
+impl PlatformConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        refuse(self.num_pci_segments != 1, "--platform num_pci_segments other than 1")?;
+        refuse(self.iommu_segments.is_some(), "--platform iommu_segments")?;
+        refuse(self.iommu_address_width != 64, "--platform iommu_address_width other than 64")?;
+        refuse(self.iommufd_fd.is_some(), "--platform iommufd_fd")?;
+        refuse(self.tdx, "--platform tdx=on")?;
+        refuse(self.sev_snp, "--platform sev_snp=on")?;
+        self.identity().map(|_| ())
+    }
+
+    /// What SMBIOS says of the machine.
+    ///
+    /// # Errors
+    /// [`ConfigError::Uuid`].
+    pub fn identity(&self) -> Result<SystemIdentity, ConfigError> {
+        let uuid = match &self.system_uuid {
+            None => None,
+            Some(uuid) => Some(parse_uuid(uuid).ok_or_else(|| ConfigError::Uuid { uuid: uuid.clone() })?),
+        };
+        Ok(SystemIdentity {
+            manufacturer: self.system_manufacturer.clone(),
+            product_name: self.system_product_name.clone(),
+            version: self.system_version.clone(),
+            serial_number: self.system_serial_number.clone(),
+            uuid,
+            sku_number: self.system_sku_number.clone(),
+            family: self.system_family.clone(),
+            chassis_asset_tag: self.chassis_asset_tag.clone(),
+            oem_strings: self.oem_strings.clone().unwrap_or_default(),
+        })
+    }
+}
+
+impl DeviceConfig {
+    /// The device's own directory in sysfs, with all links followed, and its address on the host.
+    ///
+    /// # Errors
+    /// The path is missing, leads nowhere, or leads to what is no PCI device.
+    pub fn host_device(&self) -> Result<(PathBuf, Bdf), ConfigError> {
+        let path = self.path.as_deref().ok_or(ConfigError::NoDevicePath)?;
+        let real =
+            path.canonicalize().map_err(|error| ConfigError::DevicePath { path: path.into(), error })?;
+        let bdf = pci_address(&real).ok_or_else(|| ConfigError::NotPci { path: path.into() })?;
+        Ok((real, bdf))
+    }
+
+    /// How its power is to be handled, as changes to the defaults of its class.
+    pub fn policy_change(&self) -> PolicyChange {
+        PolicyChange {
+            power: Some(self.power),
+            wake: Some(self.wake),
+            hold_off: self.hold_off,
+            toggle_rate: self.toggle_rate,
+            toggle_burst: self.toggle_burst,
+            wake_storm: self.wake_storm,
+            on_timeout: self.on_timeout,
+            on_lost: self.on_lost,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        self.policy_change().apply(&Policy::default()).map_err(ConfigError::Policy)?;
+        refuse(self.fd.is_some(), "--device fd")?;
+        refuse(self.iommu, "--device iommu=on")?;
+        refuse(self.pci_segment != 0, "--device pci_segment other than 0")?;
+        refuse(self.x_nv_gpudirect_clique.is_some(), "--device x_nv_gpudirect_clique")?;
+        match self.x_exclude_mmap_bars.iter().find(|&&bar| bar > 5) {
+            Some(&bar) => Err(ConfigError::Bar { bar }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn validate_devices(devices: &[DeviceConfig]) -> Result<(), ConfigError> {
+    let (mut paths, mut ids) = (HashSet::new(), HashSet::new());
+    for device in devices {
+        device.validate()?;
+        if let Some(id) = &device.id {
+            if id.starts_with("__") {
+                return Err(ConfigError::ReservedId { id: id.clone() });
+            }
+            if !ids.insert(id) {
+                return Err(ConfigError::SameId { id: id.clone() });
+            }
+        }
+        if let Some(number) = device.pci_device_id {
+            // Number 0 is the host bridge.
+            if !(1..32).contains(&number) {
+                return Err(ConfigError::DeviceNumber { number });
+            }
+        }
+        let (real, _) = device.host_device()?;
+        if !paths.insert(real) {
+            return Err(ConfigError::SameDevice { path: device.path.clone().unwrap_or_default() });
+        }
+    }
+    Ok(())
+}
+
+/// The address that the last part of a sysfs path spells.
+fn pci_address(path: &Path) -> Option<Bdf> {
+    let name = path.file_name()?.to_str()?;
+    // The short form without a segment is not what sysfs uses.
+    if name.matches(':').count() == 2 { name.parse().ok() } else { None }
+}
+
+/// The 16 bytes of a UUID in the order in which they are written.
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    if text.split('-').map(str::len).ne([8, 4, 4, 4, 12])
+        || !text.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit())
+    {
+        return None;
+    }
+    let digits = text.replace('-', "");
+    let mut bytes = [0; 16];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(digits.get(2 * i..2 * i + 2)?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+fn refuse(given: bool, setting: &'static str) -> Result<(), ConfigError> {
+    if given { Err(not_yet(setting)) } else { Ok(()) }
+}
+
+fn not_yet(setting: &'static str) -> ConfigError {
+    ConfigError::NotYet { setting }
+}

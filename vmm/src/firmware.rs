@@ -1,0 +1,115 @@
+//! What firmware leaves in guest memory: the ACPI tables and SMBIOS, made from the machine as it was assembled.
+
+use acpi::platform::{
+    AddressRange, EventDeviceDescription, FixedHardwareDescription, InterruptDescription,
+    LegacyDeviceDescription, PciDescription, PlatformDescription, PortRange, ResetDescription,
+    RootPortDescription,
+};
+use acpi::smbios::SystemIdentity;
+use arch::layout::{self, LayoutError, MemoryMap};
+use devices::reset::RESET_VALUE;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Configuration space of one bus (PCI Firmware Specification 3.3, section 4.1.2).
+const ECAM_PER_BUS: u64 = 1 << 20;
+
+/// The IOAPIC's own APIC ID. Nobody addresses it, but it must have one.
+const IOAPIC_ID: u8 = 0;
+
+/// The tables cannot be made or do not fit.
+#[derive(Debug, thiserror::Error)]
+pub enum FirmwareError {
+    /// ACPI.
+    #[error(transparent)]
+    Acpi(#[from] acpi::tables::TableError),
+    /// SMBIOS.
+    #[error(transparent)]
+    Smbios(#[from] acpi::smbios::SmbiosError),
+    /// No room.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Guest memory does not reach that far.
+    #[error("the firmware tables cannot be written to guest memory: {0}; this is a defect, please report it")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+/// What the tables say beyond what the memory map fixes.
+#[derive(Debug)]
+pub struct Description {
+    /// APIC IDs in the order of the vCPUs.
+    pub processors: Vec<u32>,
+    /// Slots of assigned devices.
+    pub root_ports: Vec<RootPortDescription>,
+    /// Whether there is a serial port.
+    pub serial: bool,
+    /// Who made the machine.
+    pub identity: SystemIdentity,
+}
+
+/// Writes all tables and returns the address of the RSDP. The map then says where they are.
+pub fn write(
+    memory: &GuestMemoryMmap,
+    map: &mut MemoryMap,
+    description: Description,
+) -> Result<GuestAddress, FirmwareError> {
+    let identity = description.identity.clone();
+    let platform = platform(map, description);
+    // Where the tables go depends on their size, and the addresses in them on where they go.
+    let tables = acpi::tables::generate(&platform)?;
+    let area = map.place_tables(tables.size())?;
+    let tables = tables.place(area.0)?;
+    for table in &tables.tables {
+        memory.write_slice(&table.bytes, GuestAddress(table.address))?;
+    }
+    memory.write_slice(&acpi::smbios::build(&identity, layout::SMBIOS.0)?, layout::SMBIOS)?;
+    Ok(GuestAddress(tables.rsdp))
+}
+
+fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
+    let range = |range: layout::AddressRange| AddressRange { base: range.start.0, size: range.len };
+    let low = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
+    let irq = |gsi: u32| u8::try_from(gsi).unwrap_or(u8::MAX);
+    PlatformDescription {
+        processors: description.processors,
+        interrupts: InterruptDescription {
+            local_apic_address: low(layout::LOCAL_APIC.start.0),
+            io_apic_id: IOAPIC_ID,
+            io_apic_address: low(layout::IOAPIC.start.0),
+        },
+        pci: PciDescription {
+            ecam: configuration_space(description.root_ports.len()),
+            mmio32: range(map.mmio32()),
+            mmio64: Some(range(map.mmio64())),
+            io: PortRange {
+                base: layout::PCI_IO_START,
+                size: layout::PCI_IO_LAST - layout::PCI_IO_START + 1,
+            },
+            intx_gsi_base: layout::PCI_INTX_GSI_BASE,
+            root_ports: description.root_ports,
+            functions: Vec::new(),
+        },
+        power_notification: layout::POWER_NOTIFICATION.start.0,
+        event_device: EventDeviceDescription {
+            address: layout::EVENT_DEVICE.start.0,
+            gsi: layout::EVENT_DEVICE_GSI,
+        },
+        fixed_hardware: FixedHardwareDescription {
+            event_block: layout::PM1_EVENT_PORT,
+            control_block: layout::PM1_EVENT_PORT + u16::from(acpi::pm1::EVENT_BLOCK_SIZE),
+            sci: irq(layout::SCI_GSI),
+        },
+        reset: ResetDescription { address: layout::RESET_REGISTER.start.0, value: RESET_VALUE },
+        serial: description
+            .serial
+            .then_some(LegacyDeviceDescription { port: layout::SERIAL_PORT, irq: irq(layout::SERIAL_GSI) }),
+        rtc: Some(LegacyDeviceDescription { port: layout::CMOS_PORT, irq: irq(layout::RTC_GSI) }),
+    }
+}
+
+/// Configuration space of the buses there are: the root bus, and one behind each port. Linux looks for devices on every bus
+/// that it is told of, port by port of the old configuration mechanism, and each look is an exit.
+fn configuration_space(ports: usize) -> AddressRange {
+    let whole = layout::PCI_ECAM;
+    let buses = u64::try_from(ports).map_or(whole.len, |ports| ports + 1);
+    AddressRange { base: whole.start.0, size: buses.saturating_mul(ECAM_PER_BUS).min(whole.len) }
+}

@@ -1,0 +1,455 @@
+//! One machine, from power-on to power-off or reset: built whole, then frozen, then run, then taken apart in order.
+//!
+//! A guest reboot takes the machine apart and builds it again: every device starts from its reset state, assigned
+//! devices are closed and opened, which resets them. What must survive that (the console's other end, the clock's
+//! battery, signal handling) is in [`Lifetime`].
+
+use std::io;
+use std::sync::Arc;
+
+use arch::layout::{self, LayoutError, MemoryMap};
+use arch::loader::{BootImages, ImageFile, LoadError, Role};
+use devices::event_device::EventDevice;
+use devices::i8042::{I8042, PORTS as I8042_PORTS};
+use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
+use devices::reset::{MachineControl, ResetControl, ResetRegister};
+use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
+use devices::serial::{Backend, PORTS as SERIAL_PORTS, Serial, SerialError};
+use devices::vfio::check::{CheckError, Preflight};
+use devices::vfio::dma::{self, DmaError};
+use devices::vfio::function::Windows;
+use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
+use kvm_ioctls::{Kvm, VmFd};
+use log::{debug, info};
+use pci::assign::{Aperture, Apertures, AssignError};
+use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
+use pci::ecam::{CAM_LEN, Cam, ECAM_LEN, Ecam};
+use pci::host_bridge::HostBridge;
+use pci::window::BarWindow;
+use pci::{Bdf, DevFn};
+use vfio_pm::NotifyDevice;
+use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
+use vm_device::device_manager::{IoManager, MmioManager, PioManager};
+use vm_device::{DeviceMmio, DevicePio};
+
+use crate::assigned::{
+    AssignedError, Assignment, Slot, Surroundings, build_slots, check_places, device_paths,
+};
+use crate::config::{ConfigError, VmConfig};
+use crate::control::{Control, StopReason};
+use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
+use crate::firmware::{self, FirmwareError};
+use crate::hypervisor::{self, HypervisorError, Processors};
+use crate::irq::{Gsi, IrqRouter};
+use crate::memory::{GuestRam, MemoryError};
+use crate::memslot::{BarMapper, Memslots};
+use crate::remedy::remedy;
+use crate::vcpu::{FaultCure, VcpuContext, Vcpus};
+
+/// A machine that cannot be built or run.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// KVM.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// The memory map.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel or the initramfs.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A device that must not be assigned.
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    /// A device that cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A DMA map.
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+    /// Assigned devices.
+    #[error(transparent)]
+    Assigned(#[from] AssignedError),
+    /// BARs that do not fit.
+    #[error(transparent)]
+    Bars(#[from] AssignError),
+    /// Two things in one place of bus 0.
+    #[error("two PCI functions want place {} on bus 0; give one of the devices another pci_device_id", .0.0)]
+    Bus(SlotTaken),
+    /// ACPI tables or SMBIOS.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
+    /// The serial port.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// The clock.
+    #[error(transparent)]
+    Rtc(#[from] RtcError),
+    /// Two devices at one address.
+    #[error("the {0} has no place of its own on its bus; this is a defect, please report it")]
+    Address(&'static str),
+    /// Descriptors, threads, interrupts.
+    #[error("cannot create {what}: {source}; {}", remedy(source))]
+    Resources {
+        /// Which part.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The main loop.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// The guest cannot go on, for a reason that is not its own.
+    #[error("the machine stopped: {0}; see the host's kernel log")]
+    Fault(String),
+}
+
+fn resources(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::Resources { what, source }
+}
+
+/// What outlives one machine: kept over guest reboots.
+#[derive(Debug)]
+pub struct Lifetime {
+    kvm: Kvm,
+    signals: Arc<Signals>,
+    console: Option<Arc<Backend>>,
+    battery: Battery,
+    /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
+    latched: Vec<Bdf>,
+}
+
+impl Lifetime {
+    /// For a VMM that has just started.
+    pub fn new(kvm: Kvm, signals: Signals, console: Option<Arc<Backend>>) -> Self {
+        Self { kvm, signals: Arc::new(signals), console, battery: Battery::default(), latched: Vec::new() }
+    }
+
+    /// Whether a signal to end has arrived while no machine ran.
+    pub fn is_told_to_end(&self) -> bool {
+        self.signals.pending().is_some()
+    }
+}
+
+/// Closes BARs of all assigned functions when a vCPU finds their memory gone.
+struct CloseBars(Vec<Arc<devices::vfio::function::VfioFunction>>);
+
+impl FaultCure for CloseBars {
+    fn close_direct_mappings(&self, again: bool) -> bool {
+        // All of them, not only the first that had something to close.
+        self.0.iter().filter(|function| function.close_direct(again)).count() > 0
+    }
+}
+
+/// The buses while they are filled.
+#[derive(Default)]
+struct Buses(IoManager);
+
+impl Buses {
+    fn mmio(
+        &mut self,
+        name: &'static str,
+        base: u64,
+        size: u64,
+        device: Arc<dyn DeviceMmio + Send + Sync>,
+    ) -> Result<(), MachineError> {
+        let range = MmioRange::new(MmioAddress(base), size).map_err(|_| MachineError::Address(name))?;
+        self.0.register_mmio(range, device).map_err(|_| MachineError::Address(name))
+    }
+
+    fn pio(
+        &mut self,
+        name: &'static str,
+        base: u16,
+        size: u16,
+        device: Arc<dyn DevicePio + Send + Sync>,
+    ) -> Result<(), MachineError> {
+        let range = PioRange::new(PioAddress(base), size).map_err(|_| MachineError::Address(name))?;
+        self.0.register_pio(range, device).map_err(|_| MachineError::Address(name))
+    }
+}
+
+/// A machine that is ready to run. Fields are dropped in their order.
+pub struct Machine {
+    vcpus: Vec<kvm_ioctls::VcpuFd>,
+    event_loop: EventLoop,
+    context: VcpuContext,
+    rtc: Arc<Rtc>,
+    // The power domains first, since their workers drive the functions' hardware; the functions with the last
+    // reference to the buses; then the descriptors, the IOMMU context, and last of all the RAM that it maps.
+    slots: Vec<Slot>,
+    _iommu: Option<Iommu>,
+    ram: GuestRam,
+}
+
+/// The opened functions and the context that they are in.
+struct Iommu {
+    _handles: Vec<Arc<Handle>>,
+    _context: Arc<IommuContext>,
+}
+
+impl Machine {
+    /// Builds the machine that `config` describes.
+    pub fn build(config: &VmConfig, lifetime: &Lifetime) -> Result<Self, MachineError> {
+        // What can be wrong without a guest is found out before any device is touched.
+        let images = open_images(config)?;
+        let devices = check_devices(config)?;
+        check_places(&devices)?;
+        let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
+        let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
+
+        let control = Arc::new(Control::new().map_err(resources("the descriptor for stop requests"))?);
+        let vm = Arc::new(hypervisor::create_vm(&lifetime.kvm)?);
+        let memslots = Memslots::new(&lifetime.kvm, Arc::clone(&vm), Arc::clone(&control));
+        let ranges: Vec<_> = map.ram().iter().map(|range| (range.start, range.len)).collect();
+        let ram = GuestRam::new(&config.memory, &ranges, &memslots)?;
+        hypervisor::create_interrupt_controllers(&vm)?;
+        let router = IrqRouter::new(Arc::clone(&vm));
+        let as_control = || Arc::clone(&control) as Arc<dyn MachineControl>;
+
+        let mut buses = Buses::default();
+        let mut subscribers: Vec<Subscriber> = Vec::new();
+        let line = |gsi: u32| {
+            router.edge_line(Gsi(gsi)).map_err(resources("the interrupt line of a platform device"))
+        };
+
+        if let Some(backend) = &lifetime.console {
+            let serial = Arc::new(Serial::new(line(layout::SERIAL_GSI)?, Arc::clone(backend))?);
+            buses.pio("serial port", layout::SERIAL_PORT, SERIAL_PORTS, Arc::clone(&serial) as _)?;
+            subscribers.push(serial);
+        }
+        let pm1 = Arc::new(Pm1Device::new(line(layout::SCI_GSI)?, as_control()));
+        let alarm = Arc::clone(&pm1);
+        let rtc = Rtc::new(line(layout::RTC_GSI)?, lifetime.battery.clone())?;
+        let rtc = Arc::new(rtc.on_alarm(move || alarm.clock_alarm()));
+        buses.pio("real-time clock", layout::CMOS_PORT, RTC_PORTS, Arc::clone(&rtc) as _)?;
+        subscribers.push(Arc::clone(&rtc) as _);
+        buses.pio("PM1 registers", layout::PM1_EVENT_PORT, PM1_PORTS, pm1)?;
+        buses.pio(
+            "keyboard controller",
+            layout::I8042_PORT,
+            I8042_PORTS,
+            Arc::new(I8042::new(as_control())),
+        )?;
+        buses.mmio(
+            "reset register",
+            layout::RESET_REGISTER.start.0,
+            layout::RESET_REGISTER.len,
+            Arc::new(ResetRegister::new(as_control())),
+        )?;
+        let events = Arc::new(EventDevice::new(line(layout::EVENT_DEVICE_GSI)?));
+        buses.mmio(
+            "event device",
+            layout::EVENT_DEVICE.start.0,
+            layout::EVENT_DEVICE.len,
+            Arc::clone(&events) as _,
+        )?;
+
+        // Before any device is opened, so that a kernel that is none leaves the devices as they were.
+        let mut entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
+        let low_ram_end = map.low_ram_end();
+
+        let windows = bar_windows(&map, &mut buses)?;
+        let (slots, iommu) = match open_devices(config, &devices, &vm, ram.memory())? {
+            Some((handles, context)) => {
+                let around = Surroundings {
+                    router: Arc::clone(&router),
+                    mapper: Arc::new(BarMapper(Arc::clone(&memslots))),
+                    windows,
+                    wake: events,
+                    latched: lifetime.latched.clone(),
+                };
+                let slots = build_slots(&devices, &handles, &around)?;
+                (slots, Some(Iommu { _handles: handles, _context: context }))
+            }
+            None => (Vec::new(), None),
+        };
+        let bus = pci_bus(&slots, &map)?;
+        buses.mmio(
+            "PCI configuration space",
+            layout::PCI_ECAM.start.0,
+            ECAM_LEN,
+            Arc::new(Ecam::new(Arc::clone(&bus))),
+        )?;
+        buses.pio(
+            "PCI configuration ports",
+            layout::PCI_CONFIG_PORT,
+            CAM_LEN,
+            Arc::new(ConfigPorts::new(bus, as_control())),
+        )?;
+        let domains = slots.iter().map(|slot| Arc::clone(&slot.domain)).collect();
+        let notify = Arc::new(NotifyDevice::new(domains));
+        buses.mmio(
+            "power notification device",
+            layout::POWER_NOTIFICATION.start.0,
+            layout::POWER_NOTIFICATION.len,
+            notify,
+        )?;
+
+        let description = firmware::Description {
+            processors: processors.apic_ids(),
+            root_ports: slots.iter().map(Slot::description).collect(),
+            serial: lifetime.console.is_some(),
+            identity: config.platform.clone().unwrap_or_default().identity()?,
+        };
+        let rsdp = firmware::write(ram.memory(), &mut map, description)?;
+        if (rsdp, map.low_ram_end()) != (layout::RSDP, low_ram_end) {
+            // The tables have turned out large and took the top of low RAM.
+            entry = arch::loader::load(ram.memory(), &map, &images, rsdp)?;
+        }
+        arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
+        let vcpus = processors.create(&vm, &entry)?;
+
+        let functions =
+            slots.iter().flat_map(|slot| &slot.functions).map(|(function, _)| Arc::clone(function));
+        let context = VcpuContext {
+            io: Arc::new(buses.0),
+            control: Arc::clone(&control),
+            faults: Arc::new(CloseBars(functions.collect())),
+        };
+        let event_loop = EventLoop::new(control, Arc::clone(&lifetime.signals), subscribers)?;
+        Ok(Self { vcpus, event_loop, context, rtc, slots, _iommu: iommu, ram })
+    }
+
+    /// Runs the machine until it stops, and takes it apart.
+    pub fn run(mut self, lifetime: &mut Lifetime) -> Result<StopReason, MachineError> {
+        let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.context)
+            .map_err(resources("the threads of the vCPUs"))?;
+        info!("the guest runs");
+        let reason = self.event_loop.run();
+        vcpus.stop();
+        lifetime.battery = self.rtc.battery();
+        lifetime.latched.clear();
+        for slot in &self.slots {
+            slot.domain.shutdown();
+            lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
+        }
+        debug!("the machine is taken apart: {} slots, RAM {:?}", self.slots.len(), self.ram);
+        drop(self);
+        match reason? {
+            StopReason::Fault(cause) => Err(MachineError::Fault(cause)),
+            reason => Ok(reason),
+        }
+    }
+}
+
+fn open_images(config: &VmConfig) -> Result<BootImages, MachineError> {
+    let payload = config.payload.clone().unwrap_or_default();
+    let kernel = payload.kernel.ok_or(ConfigError::NoKernel)?;
+    Ok(BootImages {
+        kernel: ImageFile::open(Role::Kernel, &kernel)?,
+        initramfs: payload.initramfs.map(|path| ImageFile::open(Role::Initramfs, &path)).transpose()?,
+        command_line: payload.cmdline.unwrap_or_default(),
+    })
+}
+
+fn check_devices(config: &VmConfig) -> Result<Vec<Assignment>, MachineError> {
+    let configs = config.devices.clone().unwrap_or_default();
+    let hosts =
+        Preflight::default().check(&device_paths(&configs), context_kind(config), config.memory.size)?;
+    Ok(hosts.into_iter().zip(configs).map(|(host, config)| Assignment { host, config }).collect())
+}
+
+fn context_kind(config: &VmConfig) -> ContextKind {
+    let iommufd = config.platform.as_ref().is_some_and(|platform| platform.iommufd);
+    if iommufd { ContextKind::Iommufd } else { ContextKind::Container }
+}
+
+type Opened = (Vec<Arc<Handle>>, Arc<IommuContext>);
+
+/// Opens all assigned functions and maps guest memory for them.
+fn open_devices(
+    config: &VmConfig,
+    devices: &[Assignment],
+    vm: &Arc<VmFd>,
+    memory: &vm_memory::GuestMemoryMmap,
+) -> Result<Option<Opened>, MachineError> {
+    let Some(first) = devices.first() else { return Ok(None) };
+    let context =
+        Arc::new(IommuContext::new(context_kind(config), Some(hypervisor::create_vfio_device(vm)?))?);
+    let handles = devices
+        .iter()
+        .map(|device| context.open(device.host.bdf, &device.host.dir, device.config.id.as_deref()))
+        .collect::<Result<Vec<_>, _>>()?;
+    dma::map_guest_memory(&context, memory, first.host.bdf)?;
+    Ok(Some((handles, context)))
+}
+
+fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineError> {
+    let window =
+        |name, start, size| BarWindow::new(start, size).map(Arc::new).ok_or(MachineError::Address(name));
+    let (low, high) = (map.mmio32(), map.mmio64());
+    let ports = layout::PCI_IO_LAST - layout::PCI_IO_START + 1;
+    let windows = Windows {
+        mmio32: window("32-bit PCI window", low.start.0, low.len)?,
+        mmio64: window("64-bit PCI window", high.start.0, high.len)?,
+        io: window("PCI I/O window", u64::from(layout::PCI_IO_START), u64::from(ports))?,
+    };
+    buses.mmio("32-bit PCI window", low.start.0, low.len, Arc::clone(&windows.mmio32) as _)?;
+    buses.mmio("64-bit PCI window", high.start.0, high.len, Arc::clone(&windows.mmio64) as _)?;
+    buses.pio("PCI I/O window", layout::PCI_IO_START, ports, Arc::clone(&windows.io) as _)?;
+    Ok(windows)
+}
+
+/// Bus 0 with its bridges, numbered and with all BARs at their addresses.
+fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<Arc<RootBus>, MachineError> {
+    let mut bus = RootBusBuilder::new();
+    bus.add_function(DevFn::from_bits(0), Arc::new(HostBridge::new())).map_err(MachineError::Bus)?;
+    for slot in slots {
+        bus.add_bridge(slot.port.devfn(), Arc::clone(&slot.port) as _).map_err(MachineError::Bus)?;
+    }
+    let aperture = |range: layout::AddressRange| Aperture { start: range.start.0, size: range.len };
+    let apertures = Apertures {
+        mmio32: aperture(map.mmio32()),
+        mmio64: aperture(map.mmio64()),
+        io: Aperture {
+            start: u64::from(layout::PCI_IO_START),
+            size: u64::from(layout::PCI_IO_LAST - layout::PCI_IO_START) + 1,
+        },
+    };
+    let needs: Vec<_> = slots.iter().map(Slot::needs).collect();
+    let plan = pci::assign::assign(&[], &needs, &apertures)?;
+    let bus = Arc::new(bus.build());
+    plan.program(&bus);
+    Ok(bus)
+}
+
+/// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in the middle of it.
+struct ConfigPorts {
+    cam: Cam,
+    reset: ResetControl,
+}
+
+impl ConfigPorts {
+    fn new(bus: Arc<RootBus>, control: Arc<dyn MachineControl>) -> Self {
+        Self { cam: Cam::new(bus), reset: ResetControl::new(control) }
+    }
+
+    fn is_reset(offset: u16, len: usize) -> bool {
+        offset == layout::RESET_CONTROL_PORT - layout::PCI_CONFIG_PORT && len == 1
+    }
+}
+
+impl DevicePio for ConfigPorts {
+    fn pio_read(&self, base: PioAddress, offset: u16, data: &mut [u8]) {
+        if Self::is_reset(offset, data.len()) {
+            self.reset.pio_read(PioAddress(layout::RESET_CONTROL_PORT), 0, data);
+        } else {
+            self.cam.pio_read(base, offset, data);
+        }
+    }
+
+    fn pio_write(&self, base: PioAddress, offset: u16, data: &[u8]) {
+        if Self::is_reset(offset, data.len()) {
+            self.reset.pio_write(PioAddress(layout::RESET_CONTROL_PORT), 0, data);
+        } else {
+            self.cam.pio_write(base, offset, data);
+        }
+    }
+}
