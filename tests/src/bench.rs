@@ -1,0 +1,157 @@
+//! `cargo testbed bench`: the figures, each with its target, from the release build.
+//!
+//! Boot is measured on a host whose time is counted instructions, so it is the same on every machine; start on the
+//! native `/dev/kvm`; overhead and power on the ordinary emulated host, power against bare VFIO calls in the same run.
+
+mod power;
+mod start;
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::artifacts::{self, Artifacts, Profile};
+use crate::error::{Error, Result, file_error};
+use crate::guest::VmSpec;
+use crate::host::Host;
+use crate::image::guest_path;
+use crate::scenarios::steps::bdf;
+use crate::spec::{Device, HostSpec, Kernel};
+
+/// Boots of which the middle one counts. Deterministic, so few are enough.
+const BOOTS: usize = 3;
+const MIB: f64 = 1024.0;
+
+/// One figure.
+#[derive(Debug)]
+struct Figure {
+    name: &'static str,
+    value: f64,
+    unit: &'static str,
+    /// It must not be more than this.
+    target: Option<f64>,
+    note: String,
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<46} {:>9.3} {:<4}", self.name, self.value, self.unit)?;
+        if let Some(target) = self.target {
+            let verdict = if self.value <= target { "met" } else { "MISSED" };
+            write!(f, " target {target} {verdict}")?;
+        }
+        if self.note.is_empty() { Ok(()) } else { write!(f, "  ({})", self.note) }
+    }
+}
+
+/// What measures some of the figures.
+type Part = fn(&Artifacts) -> Result<Vec<Figure>>;
+
+/// Measures all of it; false when a target is missed.
+pub fn run(vmm: Option<PathBuf>) -> Result<bool> {
+    let artifacts = artifacts::build(Profile::Release, vmm)?;
+    println!("{}", artifacts::version(&artifacts)?);
+    let parts: [Part; 5] = [size, start::measure, overhead, power::measure, boot];
+    let mut good = true;
+    for part in parts {
+        match part(&artifacts) {
+            Ok(figures) => {
+                for figure in figures {
+                    good &= figure.target.is_none_or(|target| figure.value <= target);
+                    println!("{figure}");
+                }
+            }
+            Err(error) => {
+                good = false;
+                println!("not measured: {error}");
+            }
+        }
+    }
+    Ok(good)
+}
+
+fn size(artifacts: &Artifacts) -> Result<Vec<Figure>> {
+    let path = &artifacts.dormouse;
+    let bytes = fs::metadata(path).map_err(file_error("read", path))?.len();
+    let value = u32::try_from(bytes).map_or(f64::MAX, f64::from) / 1e6;
+    Ok(vec![Figure { name: "stripped binary", value, unit: "MB", target: Some(5.0), note: String::new() }])
+}
+
+/// Exec of the VMM to the guest's power-off, in virtual seconds.
+fn boot(artifacts: &Artifacts) -> Result<Vec<Figure>> {
+    let mut spec = HostSpec::new(&[]).memory_mib(1024);
+    spec.cpus = 1;
+    spec.deterministic = true;
+    let guest = Kernel::Cloud6_12;
+    let host = Host::boot(&spec, artifacts, &[guest])?;
+    let command = format!(
+        "dormouse --kernel {} --initramfs {} --cmdline 'console=ttyS0 quiet panic=-1 bed.mode=poweroff' \
+         --cpus boot=1 --memory size=256M --serial tty --console off </dev/null >/dev/null 2>&1",
+        guest_path(guest, "vmlinuz"),
+        guest_path(guest, "initramfs")
+    );
+    let mut seconds = Vec::new();
+    for _ in 0..BOOTS {
+        // /proc/uptime counts hundredths, which is half a per cent here.
+        let timed =
+            format!("read a b </proc/uptime; {command} || exit 1; read c d </proc/uptime; echo $a $c");
+        let output = host.run_for(&timed, Duration::from_secs(900))?;
+        let times: Vec<f64> = output.text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let &[before, after] = times.as_slice() else {
+            return Err(Error::Check(format!("the boot for measuring failed: {}", output.text)));
+        };
+        seconds.push(after - before);
+    }
+    let note = format!("runs: {seconds:.2?}");
+    let name = "boot to power-off, 1 vCPU, 256 MiB";
+    Ok(vec![Figure { name, value: median(&mut seconds), unit: "s", target: Some(1.95), note }])
+}
+
+/// Private memory beside guest RAM, and wake-ups of the VMM's own threads.
+fn overhead(artifacts: &Artifacts) -> Result<Vec<Figure>> {
+    let guest_kernel = Kernel::Cloud6_12;
+    let host = Host::boot(&HostSpec::devices(&[Device::Nvme]), artifacts, &[guest_kernel])?;
+    let mut figures = Vec::new();
+    for (name, device, target) in
+        [("private memory, no device", false, 4.0), ("private memory, one device", true, 5.0)]
+    {
+        let mut vm = VmSpec::new(guest_kernel).memory("256M");
+        if device {
+            vm = vm.device(&host, &bdf(0));
+        }
+        let guest = host.start_vm(&vm)?;
+        // Guest RAM is the only mapping of that size. Clean pages of shared libraries are private only because nothing else
+        // on the emulated host uses them (its shell is linked statically).
+        let text = host.sh(
+            "awk '/^[0-9a-f]+-/ {ram = 0; library = /[.]so/} /^Size:/ {ram = $2 >= 131072} \
+             /^Private/ {if (!ram && !(library && /Clean/)) s += $2} END {print s}' /proc/$(pidof dormouse)/smaps",
+        )?;
+        let value = text.trim().parse::<f64>().unwrap_or(f64::MAX) / MIB;
+        figures.push(Figure { name, value, unit: "MiB", target: Some(target), note: String::new() });
+        if !device {
+            figures.push(wakeups(&host)?);
+        }
+        guest.power_off()?;
+    }
+    Ok(figures)
+}
+
+/// Times that a thread of the VMM other than a vCPU was scheduled in ten seconds of an idle guest.
+fn wakeups(host: &Host) -> Result<Figure> {
+    let count = "for t in /proc/$(pidof dormouse)/task/*; do read n <$t/comm; case $n in *vcpu*) ;; \
+                 *) sed -n 's/^voluntary_ctxt_switches:[^0-9]*//p' $t/status ;; esac; done | awk '{s += $1} END {print s + 0}'";
+    let output = host.run_for(
+        &format!("a=$({count}); sleep 10; b=$({count}); echo $((b - a))"),
+        Duration::from_secs(60),
+    )?;
+    let value = output.text.trim().parse().unwrap_or(f64::MAX);
+    let name = "wake-ups of the VMM in 10 s, guest idle";
+    Ok(Figure { name, value, unit: "", target: Some(0.0), note: String::new() })
+}
+
+/// The middle one. The slice must not be empty.
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::MAX)
+}

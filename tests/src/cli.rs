@@ -1,0 +1,56 @@
+//! The command line of the test bed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Boots Dormouse on an emulated host and judges what it does. Needs Debian, and root for the first run.
+#[derive(Debug, Parser)]
+#[command(name = "cargo testbed", bin_name = "cargo testbed")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show, live and in under a minute, an assigned GPU and NIC that lose power and wake.
+    Demo(Vmm),
+    /// Run the tests: the workspace's own, then every scenario.
+    Test(Test),
+    /// Open a shell on the emulated host, with the VMM and guest images in it.
+    Shell(Vmm),
+    /// Measure boot, start, overhead and the latency of power.
+    Bench(Vmm),
+    /// Install packages, download kernels and build the images, and no more.
+    Prepare,
+    /// List the tests.
+    List,
+}
+
+/// Which VMM to run.
+#[derive(Debug, Args)]
+pub struct Vmm {
+    /// Run this program instead of building the VMM of this workspace.
+    #[arg(long, value_name = "PATH")]
+    pub vmm: Option<PathBuf>,
+}
+
+/// How to test.
+#[derive(Debug, Args)]
+pub struct Test {
+    /// Only tests with this in their name, or one of these (with commas between); `scenario` for all that need the
+    /// emulated host.
+    pub name: Option<String>,
+    /// Emulated hosts at a time.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub jobs: usize,
+    /// Run tests whose name is exactly as given.
+    #[arg(long)]
+    pub exact: bool,
+    /// Which VMM.
+    #[command(flatten)]
+    pub vmm: Vmm,
+}

@@ -1,0 +1,103 @@
+//! The test bed: an emulated host with an IOMMU, PCIe slots and power resources, real kernels on it, and scenarios that
+//! judge the VMM from the host's sysfs, the firmware's power log and the guest's console. See docs/testing.md.
+//!
+//! The parts, from the bottom: [`packages`], [`kernel`], [`cpio`], [`image`] and [`artifacts`] make what is booted;
+//! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`] and
+//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`] and [`checks`] the workspace's own tests.
+
+mod artifacts;
+mod bench;
+mod checks;
+mod cli;
+mod command;
+mod cpio;
+mod demo;
+mod error;
+mod firmware;
+mod guest;
+mod host;
+mod image;
+mod kernel;
+mod packages;
+mod paths;
+mod qemu;
+mod rpc;
+mod runner;
+mod scenarios;
+mod shell;
+mod spec;
+mod timeline;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use artifacts::Profile;
+use cli::{Cli, Command, Test};
+use error::Result;
+use runner::Tally;
+use spec::Kernel;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(vmm) => prepare().and_then(|()| demo::run(vmm.vmm)),
+        Command::Test(options) => prepare().and_then(|()| test(options)),
+        Command::Shell(vmm) => prepare().and_then(|()| shell::run(vmm.vmm)),
+        Command::Bench(vmm) => prepare().and_then(|()| bench::run(vmm.vmm)),
+        Command::Prepare => prepare().map(|()| true),
+        Command::List => {
+            for name in checks::names().map(str::to_owned).chain(scenarios::all().into_iter().map(|s| s.name))
+            {
+                println!("{name}");
+            }
+            Ok(true)
+        }
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("testbed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Everything that comes from outside: programs and kernels. One test bed at a time prepares.
+fn prepare() -> Result<()> {
+    let path = paths::cache()?.join("lock");
+    let lock = std::fs::File::create(&path).map_err(error::file_error("create", &path))?;
+    lock.lock().map_err(error::file_error("lock", &path))?;
+    packages::ensure()?;
+    for kernel in Kernel::ALL {
+        kernel::obtain(kernel)?;
+    }
+    Ok(())
+}
+
+fn test(options: Test) -> Result<bool> {
+    let filter = options.name.as_deref().unwrap_or_default();
+    let wanted = |name: &str| {
+        filter.split(',').any(|part| if options.exact { name == part } else { name.contains(part) })
+    };
+    let chosen: Vec<_> = scenarios::all()
+        .into_iter()
+        .filter(|scenario| wanted(&scenario.name) || filter == "scenario")
+        .collect();
+    let mut tally = Tally::default();
+    let checks_chosen = checks::names().filter(|name| wanted(name)).count();
+    if chosen.is_empty() && checks_chosen == 0 {
+        return Err(error::Error::Check(format!(
+            "no test has {filter:?} in its name; see `cargo testbed list`"
+        )));
+    }
+    tally.add(checks::run(wanted));
+    if !chosen.is_empty() {
+        let artifacts = artifacts::build(Profile::Testbed, options.vmm.vmm)?;
+        println!("under test: {}", artifacts::version(&artifacts)?);
+        tally.add(runner::run(&chosen, &artifacts, options.jobs));
+    }
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}

@@ -1,0 +1,78 @@
+//! Every scenario there is. To add one: write a function that takes a [`Case`] in the file of its subject, and one line
+//! in that file's table.
+
+mod bad_input;
+mod boot;
+mod doctor;
+mod endings;
+mod endurance;
+mod gpu;
+mod hostile;
+mod nic;
+mod nvme;
+mod slots;
+pub mod steps;
+mod tables;
+
+use crate::error::Result;
+use crate::runner::{Case, Scenario};
+use crate::spec::{Device, HostSpec, Kernel};
+
+/// Slot of the GPU on the [`standard`] host.
+const GPU: usize = 0;
+/// Slot of the e1000e on the standard host.
+const E1000E: usize = 1;
+/// Slot of the igb on the standard host.
+const IGB: usize = 2;
+/// Slot of the NVMe drive on the standard host.
+const NVME: usize = 3;
+
+/// All scenarios, in the order they are listed and, on a host of one kind, run.
+pub fn all() -> Vec<Scenario> {
+    [
+        // The longest first: it is not to be the last.
+        endurance::table(),
+        boot::table(),
+        bad_input::table(),
+        doctor::table(),
+        nic::table(),
+        gpu::table(),
+        nvme::table(),
+        hostile::table(),
+        slots::table(),
+        endings::table(),
+        tables::table(),
+    ]
+    .concat()
+}
+
+/// The host most scenarios share: one of each device, each in a slot of its own.
+fn standard() -> HostSpec {
+    HostSpec::devices(&[Device::Gpu, Device::E1000e, Device::Igb, Device::Nvme])
+}
+
+/// A scenario on the standard host, but with two processors.
+fn parallel(name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
+    on(standard().cpus(2), name, run)
+}
+
+/// A scenario on the standard host with the 6.12 kernel that has every driver.
+fn scenario(name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
+    on(standard(), name, run)
+}
+
+/// A scenario on a host of its own kind.
+fn on(host: HostSpec, name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
+    Scenario { name: name.to_owned(), host, guest: Kernel::Generic6_12, run }
+}
+
+/// The scenario, once more with the 6.1 kernel in the guest, and once more with it in the host.
+fn with_old_kernels(scenario: Scenario) -> Vec<Scenario> {
+    let mut guest = scenario.clone();
+    guest.name.push_str("_with_linux_6_1_in_the_guest");
+    guest.guest = Kernel::Generic6_1;
+    let mut host = scenario.clone();
+    host.name.push_str("_with_linux_6_1_in_the_host");
+    host.host = host.host.kernel(Kernel::Cloud6_1);
+    vec![scenario, guest, host]
+}

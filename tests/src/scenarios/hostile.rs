@@ -1,0 +1,121 @@
+//! Guests that touch a function's BARs when they must not: they read all ones, live on, and wake nothing.
+
+use std::time::Duration;
+
+use super::steps::{FIRST, WAKE, bdf, nic_to_sleep, pass_traffic, unbind, vm};
+use super::{E1000E, GPU, NVME, parallel, scenario};
+use crate::error::{Result, ensure};
+use crate::guest::Guest;
+use crate::host::sysfs;
+use crate::runner::{Case, Scenario};
+
+/// `COMMAND.MEM`, in the 16-bit command register at offset 4.
+const MEMORY_DECODE: u16 = 2;
+/// Vendor and device of an 82574L, as one double word.
+const E1000E_ID: &str = "0x10d38086";
+
+pub fn table() -> Vec<Scenario> {
+    vec![
+        scenario("bars_of_an_nvme_in_d3hot_read_all_ones", |case| in_d3hot(case, NVME)),
+        scenario("bars_of_a_gpu_in_d3hot_read_all_ones", |case| in_d3hot(case, GPU)),
+        scenario("bars_without_memory_decode_read_all_ones", without_decode),
+        scenario("bars_in_d3cold_read_all_ones_and_wake_nothing", in_d3cold),
+        scenario("config_space_in_d3cold_answers_and_wakes_nothing", config_in_d3cold),
+        parallel("memory_decode_switched_while_another_vcpu_reads_harms_nothing", decode_race),
+    ]
+}
+
+fn in_d3hot(case: &Case<'_>, slot: usize) -> Result<()> {
+    let guest = case.host.start_vm(&free_to_touch(case, slot))?;
+    let before = prepare(&guest)?;
+    guest.sh(&format!("guest_tool pmcsr {FIRST} 3"))?;
+    all_ones(&guest)?;
+    let state = guest.sh(&format!("guest_tool pmcsr {FIRST}"))?;
+    ensure(state == "3", || format!("the function went to D{state} by itself"))?;
+    guest.sh(&format!("guest_tool pmcsr {FIRST} 0; usleep 20000"))?;
+    working_again(&guest, &before)
+}
+
+fn without_decode(case: &Case<'_>) -> Result<()> {
+    let guest = case.host.start_vm(&free_to_touch(case, NVME))?;
+    let before = prepare(&guest)?;
+    let command = guest.sh(&format!("guest_tool config {FIRST} 4"))?;
+    let value = u16::from_str_radix(command.trim_start_matches("0x"), 16).unwrap_or(0x406);
+    guest.sh(&format!("guest_tool config {FIRST} 4 {}", value & !MEMORY_DECODE))?;
+    all_ones(&guest)?;
+    guest.sh(&format!("guest_tool config {FIRST} 4 {value}"))?;
+    working_again(&guest, &before)
+}
+
+fn in_d3cold(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    let guest = host.start_vm(&vm(case, &[E1000E]).cmdline("iomem=relaxed"))?;
+    host.set_link(E1000E, true)?;
+    pass_traffic(&guest, FIRST)?;
+    nic_to_sleep(host, &guest, E1000E, FIRST)?;
+    let since = host.timeline.now();
+    all_ones(&guest)?;
+    all_ones(&guest)?;
+    host.stays_in(&bdf(E1000E), "D3cold", Duration::from_secs(1))?;
+    ensure(host.power_count(E1000E, true, since) == 0, || "the guest's accesses woke the device".to_owned())?;
+    host.set_link(E1000E, true)?;
+    pass_traffic(&guest, FIRST)?;
+    guest.power_off()
+}
+
+fn config_in_d3cold(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    let guest = host.start_vm(&vm(case, &[E1000E]))?;
+    host.set_link(E1000E, true)?;
+    pass_traffic(&guest, FIRST)?;
+    nic_to_sleep(host, &guest, E1000E, FIRST)?;
+    let since = host.timeline.now();
+    let id = guest.sh(&format!("guest_tool cam {FIRST} 0"))?;
+    ensure(id == E1000E_ID, || format!("its identity reads {id} instead of {E1000E_ID}"))?;
+    guest.sh(&format!("for offset in 4 8 16 52 64 200; do guest_tool cam {FIRST} $offset; done"))?;
+    host.stays_in(&bdf(E1000E), "D3cold", Duration::from_secs(1))?;
+    ensure(host.power_count(E1000E, true, since) == 0, || "a config read woke the device".to_owned())?;
+    host.set_link(E1000E, true)?;
+    pass_traffic(&guest, FIRST)?;
+    guest.power_off()
+}
+
+fn decode_race(case: &Case<'_>) -> Result<()> {
+    let guest = case.host.start_vm(&free_to_touch(case, NVME).cpus(2))?;
+    let before = prepare(&guest)?;
+    let script = format!(
+        "taskset -c 1 sh -c 'for i in $(seq 60); do guest_tool bars {FIRST} >/dev/null; done' & \
+         for i in $(seq 60); do guest_tool config {FIRST} 4 0x404; guest_tool config {FIRST} 4 0x406; done; wait"
+    );
+    guest.sh_for(&script, Duration::from_secs(120))?;
+    working_again(&guest, &before)
+}
+
+/// A VM whose function has no driver and may be mapped by anybody.
+fn free_to_touch(case: &Case<'_>, slot: usize) -> crate::guest::VmSpec {
+    vm(case, &[slot]).cmdline("iomem=relaxed")
+}
+
+/// Takes the driver off, keeps the function awake and decoding; what its BARs read.
+fn prepare(guest: &Guest<'_>) -> Result<String> {
+    unbind(guest, FIRST)?;
+    guest.sh(&format!("echo on >{}", sysfs(FIRST, "power/control")))?;
+    guest.wait_file(&sysfs(FIRST, "power_state"), "D0", WAKE)?;
+    guest.sh(&format!("echo 1 >{}", sysfs(FIRST, "enable")))?;
+    let before = guest.sh(&format!("guest_tool bars {FIRST}"))?;
+    ensure(before.lines().any(|line| !line.ends_with("0xffffffff")), || {
+        format!("dead to begin with: {before}")
+    })?;
+    Ok(before)
+}
+
+fn all_ones(guest: &Guest<'_>) -> Result<()> {
+    let text = guest.sh(&format!("guest_tool hammer {FIRST}"))?;
+    ensure(text.lines().all(|line| line.ends_with("ones")), || format!("some reads gave values: {text}"))
+}
+
+fn working_again(guest: &Guest<'_>, before: &str) -> Result<()> {
+    let after = guest.sh(&format!("guest_tool bars {FIRST}"))?;
+    ensure(after == before, || format!("the BARs read {before} before, and {after} after"))?;
+    guest.power_off()
+}

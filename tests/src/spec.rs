@@ -1,0 +1,211 @@
+//! What a scenario asks for: the emulated host (slots, devices, firmware, kernel), declared as plain values.
+//!
+//! Two scenarios with equal [`HostSpec`]s share one boot of the host.
+
+use std::fmt;
+
+/// One of the four Debian kernels the test bed knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kernel {
+    /// 6.12, for clouds: KVM, VFIO, IOMMU and NVMe, no NIC or GPU drivers.
+    Cloud6_12,
+    /// 6.12, for PCs: every driver.
+    Generic6_12,
+    /// 6.1, for clouds.
+    Cloud6_1,
+    /// 6.1, for PCs.
+    Generic6_1,
+}
+
+impl Kernel {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Cloud6_12, Self::Generic6_12, Self::Cloud6_1, Self::Generic6_1];
+
+    /// Short name, used for files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cloud6_12 => "6.12-cloud",
+            Self::Generic6_12 => "6.12",
+            Self::Cloud6_1 => "6.1-cloud",
+            Self::Generic6_1 => "6.1",
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A device that QEMU emulates on the host, to be assigned to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Device {
+    /// Virtio GPU: the assigned GPU.
+    Gpu,
+    /// Intel 82574 network card.
+    E1000e,
+    /// Intel 82576 network card.
+    Igb,
+    /// NVMe drive of 64 MiB, empty at each boot of the host.
+    Nvme,
+    /// A display without a power management capability.
+    Bochs,
+}
+
+impl Device {
+    /// The guest kernel modules that drive it.
+    pub fn modules(self) -> &'static [&'static str] {
+        match self {
+            Self::Gpu => &["virtio_pci", "virtio_gpu"],
+            Self::E1000e => &["e1000e"],
+            Self::Igb => &["igb"],
+            Self::Nvme => &["nvme"],
+            Self::Bochs => &[],
+        }
+    }
+
+    /// Name of the device, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpu => "virtio-gpu",
+            Self::E1000e => "e1000e",
+            Self::Igb => "igb",
+            Self::Nvme => "nvme",
+            Self::Bochs => "bochs-display",
+        }
+    }
+}
+
+/// One PCIe slot of the host: a root port and the functions below it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot {
+    /// Functions 0, 1, ...
+    pub functions: Vec<Device>,
+    /// Whether the firmware can cut the slot's power (`_PR0` and `_PR3` on each function).
+    pub power: bool,
+    /// How long the firmware's `_ON` takes, in milliseconds.
+    pub on_delay_ms: u32,
+    /// Whether the firmware calls its functions ejectable (`_EJ0`).
+    pub ejectable: bool,
+}
+
+impl Slot {
+    /// A slot with one function and a power resource that acts at once.
+    pub fn new(device: Device) -> Self {
+        Self::with(&[device])
+    }
+
+    /// A slot with several functions that share its power.
+    pub fn with(functions: &[Device]) -> Self {
+        Self { functions: functions.to_vec(), power: true, on_delay_ms: 0, ejectable: false }
+    }
+
+    /// The same slot with an `_ON` that takes `milliseconds`.
+    pub fn on_delay(mut self, milliseconds: u32) -> Self {
+        self.on_delay_ms = milliseconds;
+        self
+    }
+}
+
+/// An emulated host. Slot `n` is behind root port `00:(10+n).0` and its function `f` is `0000:(n+1):00.f`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostSpec {
+    /// The host's kernel; one of the cloud ones.
+    pub kernel: Kernel,
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Its slots.
+    pub slots: Vec<Slot>,
+    /// Whether the machine has an IOMMU.
+    pub iommu: bool,
+    /// Virtual time by counted instructions: the same figures on every machine, slow, for benchmarks.
+    pub deterministic: bool,
+}
+
+impl HostSpec {
+    /// A host with the 6.12 kernel, 1 processor, 4 GiB and the given slots. One, because QEMU's emulation of nested
+    /// paging now and then breaks a guest's memory while a second one runs (docs/testing.md).
+    pub fn new(slots: &[Slot]) -> Self {
+        Self {
+            kernel: Kernel::Cloud6_12,
+            memory_mib: 4096,
+            cpus: 1,
+            slots: slots.to_vec(),
+            iommu: true,
+            deterministic: false,
+        }
+    }
+
+    /// A host with one device in each slot.
+    pub fn devices(devices: &[Device]) -> Self {
+        Self::new(&devices.iter().map(|device| Slot::new(*device)).collect::<Vec<_>>())
+    }
+
+    /// The same host under another kernel.
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// The same host with other processors: for what must really happen at once.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// The same host with other RAM.
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Host addresses of all functions, in slot order.
+    pub fn addresses(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        for (slot, spec) in self.slots.iter().enumerate() {
+            for function in 0..spec.functions.len() {
+                all.push(address(slot, function));
+            }
+        }
+        all
+    }
+
+    /// The device at host address `bdf`.
+    pub fn device_at(&self, bdf: &str) -> Option<Device> {
+        self.slots.iter().enumerate().find_map(|(slot, spec)| {
+            (0..spec.functions.len()).find(|f| address(slot, *f) == bdf).map(|f| spec.functions[f])
+        })
+    }
+
+    /// One line for people.
+    pub fn describe(&self) -> String {
+        let slots: Vec<String> = self
+            .slots
+            .iter()
+            .map(|slot| {
+                let mut text =
+                    slot.functions.iter().map(|device| device.name()).collect::<Vec<_>>().join("+");
+                if !slot.power {
+                    text.push_str(" (no power resource)");
+                }
+                if slot.ejectable {
+                    text.push_str(" (ejectable)");
+                }
+                if slot.on_delay_ms > 0 {
+                    text.push_str(&format!(" (_ON {} ms)", slot.on_delay_ms));
+                }
+                text
+            })
+            .collect();
+        let devices = if slots.is_empty() { "no devices".to_owned() } else { slots.join(", ") };
+        format!("Linux {}, {} CPUs, {} MiB, {devices}", self.kernel, self.cpus, self.memory_mib)
+    }
+}
+
+/// Host address of `function` in `slot`, both from 0. The firmware numbers the buses in slot order.
+pub fn address(slot: usize, function: usize) -> String {
+    format!("0000:{:02x}:00.{function}", slot + 1)
+}
