@@ -78,7 +78,7 @@ impl HostUses {
         for (name, dir) in self.blocks_of(function) {
             disks.add(&name, &dir);
         }
-        if disks.numbers.is_empty() {
+        if disks.names.is_empty() {
             return Ok(Vec::new());
         }
         let mut uses = self.mounts(&disks)?;
