@@ -39,7 +39,7 @@ impl fmt::Display for Figure {
         write!(f, "{:<46} {:>9.3} {:<4}", self.name, self.value, self.unit)?;
         if let Some(target) = self.target {
             let verdict = if self.value <= target { "met" } else { "MISSED" };
-            write!(f, " target {target} {verdict}")?;
+            write!(f, " target {target:.3} {verdict}")?;
         }
         if self.note.is_empty() { Ok(()) } else { write!(f, "  ({})", self.note) }
     }

@@ -8,16 +8,12 @@ use rustix::fs::MemfdFlags;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
 use crate::config::MemoryConfig;
 use crate::memslot::{Memslot, MemslotError, Memslots};
 use crate::remedy::remedy;
-
-/// The first bytes of guest RAM hold boot structures of a few pages each. A huge page there would be cleared in whole
-/// before the guest's first instruction, which takes longer than all the rest of the start.
-const SMALL_PAGES: usize = 2 << 20;
 
 /// Why guest RAM could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -111,25 +107,26 @@ fn map_region(config: &MemoryConfig, start: GuestAddress, size: u64) -> Result<G
         flags |= libc::MAP_POPULATE;
     }
     let region = builder.with_mmap_flags(flags).build().map_err(map_error)?;
-    advise(&region, config.thp, if start.0 == 0 { SMALL_PAGES } else { 0 });
+    if start.0 == 0 {
+        // The first 2 MiB hold boot structures of a few pages. A huge page there would be cleared in whole before the guest's
+        // first instruction, which takes longer than all the rest of the start. One small page keeps it away; advice for
+        // these 2 MiB alone would split the mapping for good.
+        advise(&region, false);
+        if let Ok(first) = region.get_ref::<u8>(0) {
+            first.store(0);
+        }
+    }
+    advise(&region, config.thp);
     GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout(GuestRegionCollectionError::NoMemoryRegion))
 }
 
-/// Asks for transparent huge pages behind all of the region but its first `small` bytes.
+/// Says whether transparent huge pages are wanted behind the region.
 #[allow(unsafe_code)] // madvise takes an address.
-fn advise(region: &MmapRegion, thp: bool, small: usize) {
+fn advise(region: &MmapRegion, huge: bool) {
     use rustix::mm::{Advice, madvise};
-    let wish = if thp { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
-    let small = small.min(region.size());
-    for (offset, length, advice) in
-        [(0, small, Advice::LinuxNoHugepage), (small, region.size() - small, wish)]
-    {
-        if length == 0 {
-            continue;
-        }
-        // SAFETY: the range lies in the mapping just made; the advice changes how it is backed, not what it holds.
-        if let Err(e) = unsafe { madvise(region.as_ptr().add(offset).cast(), length, advice) } {
-            log::debug!("guest memory is backed by pages as the host likes: {e}");
-        }
+    let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+    // SAFETY: the range is the mapping just made; the advice changes how it is backed, not what it holds.
+    if let Err(e) = unsafe { madvise(region.as_ptr().cast(), region.size(), advice) } {
+        log::debug!("guest memory is backed by pages as the host likes: {e}");
     }
 }
