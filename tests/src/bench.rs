@@ -45,17 +45,32 @@ impl fmt::Display for Figure {
     }
 }
 
-/// What measures some of the figures.
-type Part = fn(&Artifacts) -> Result<Vec<Figure>>;
+/// What measures some of the figures, and its name.
+type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-/// Measures all of it; false when a target is missed.
-pub fn run(vmm: Option<PathBuf>) -> Result<bool> {
+const PARTS: [Part; 5] = [
+    ("size", size),
+    ("start", start::measure),
+    ("overhead", overhead),
+    ("power", power::measure),
+    ("boot", boot),
+];
+
+/// Measures what is called `name`, or all of it; false when a target is missed.
+pub fn run(name: Option<&str>, vmm: Option<PathBuf>) -> Result<bool> {
+    let wanted = |part: &&Part| name.is_none_or(|name| part.0 == name);
+    if PARTS.iter().filter(wanted).count() == 0 {
+        let names = PARTS.map(|part| part.0).join(", ");
+        return Err(Error::Check(format!(
+            "there is no figure {:?}; there are {names}",
+            name.unwrap_or_default()
+        )));
+    }
     let artifacts = artifacts::build(Profile::Release, vmm)?;
     println!("{}", artifacts::version(&artifacts)?);
-    let parts: [Part; 5] = [size, start::measure, overhead, power::measure, boot];
     let mut good = true;
-    for part in parts {
-        match part(&artifacts) {
+    for (_, measure) in PARTS.iter().filter(wanted) {
+        match measure(&artifacts) {
             Ok(figures) => {
                 for figure in figures {
                     good &= figure.target.is_none_or(|target| figure.value <= target);

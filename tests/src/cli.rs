@@ -23,7 +23,7 @@ pub enum Command {
     /// Open a shell on the emulated host, with the VMM and guest images in it.
     Shell(Vmm),
     /// Measure boot, start, overhead and the latency of power.
-    Bench(Vmm),
+    Bench(Bench),
     /// Install packages, download kernels and build the images, and no more.
     Prepare,
     /// List the tests.
@@ -36,6 +36,16 @@ pub struct Vmm {
     /// Run this program instead of building the VMM of this workspace.
     #[arg(long, value_name = "PATH")]
     pub vmm: Option<PathBuf>,
+}
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Only these figures: `size`, `start`, `overhead`, `power` or `boot`.
+    pub name: Option<String>,
+    /// Which VMM.
+    #[command(flatten)]
+    pub vmm: Vmm,
 }
 
 /// How to test.

@@ -44,7 +44,9 @@ fn main() -> ExitCode {
         Command::Demo(vmm) => prepare().and_then(|()| demo::run(vmm.vmm)),
         Command::Test(options) => prepare().and_then(|()| test(options)),
         Command::Shell(vmm) => prepare().and_then(|()| shell::run(vmm.vmm)),
-        Command::Bench(vmm) => prepare().and_then(|()| bench::run(vmm.vmm)),
+        Command::Bench(options) => {
+            prepare().and_then(|()| bench::run(options.name.as_deref(), options.vmm.vmm))
+        }
         Command::Prepare => prepare().map(|()| true),
         Command::List => {
             for name in checks::names().map(str::to_owned).chain(scenarios::all().into_iter().map(|s| s.name))
