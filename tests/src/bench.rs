@@ -70,7 +70,12 @@ pub fn run(name: Option<&str>, vmm: Option<PathBuf>) -> Result<bool> {
     println!("{}", artifacts::version(&artifacts)?);
     let mut good = true;
     for (_, measure) in PARTS.iter().filter(wanted) {
-        match measure(&artifacts) {
+        // As a scenario, a figure gets a second host where the emulator has failed on the first (docs/testing.md).
+        let figures = measure(&artifacts).or_else(|error| {
+            println!("AGAIN: {error}");
+            measure(&artifacts)
+        });
+        match figures {
             Ok(figures) => {
                 for figure in figures {
                     good &= figure.target.is_none_or(|target| figure.value <= target);

@@ -111,11 +111,24 @@ struct Inner {
     /// Hardware is in D0 as well: `false` from the guest's D3hot until the worker, or the domain's answer, says so.
     hardware_up: bool,
     lost: bool,
-    /// Cleared when the host took BAR memory away under a running vCPU: BARs are trapped until the next `open`.
-    direct: bool,
+    direct: Direct,
     /// Guest mappings go before the placements they stand for.
     mapped: Vec<(BarIndex, Box<dyn Mapping>)>,
     placed: Vec<(DecodedBar, Placement)>,
+}
+
+/// Whether BARs that are decoded have memory slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direct {
+    /// They have.
+    Standing,
+    /// They get them when the guest first touches one. So it is after low power: each slot that KVM makes or removes costs as
+    /// much as the rest of `_ON` or `_OFF` together, and a function without a driver, which sleeps with its port, is not touched
+    /// at all. The trapped access that comes first is that of a driver to a register: what cannot be trapped (wide loads from
+    /// video memory) comes later.
+    OnTouch,
+    /// The host took BAR memory away under a running vCPU: trapped until the next `open`.
+    Never,
 }
 
 impl fmt::Debug for VfioFunction {
@@ -165,7 +178,7 @@ impl VfioFunction {
             powered: true,
             hardware_up: true,
             lost: false,
-            direct: true,
+            direct: Direct::Standing,
             mapped: Vec::new(),
             placed: Vec::new(),
         };
@@ -217,7 +230,7 @@ impl VfioFunction {
         if !for_good && self.answers() && self.hardware_in_d0() {
             self.apply(&mut inner);
         } else {
-            inner.direct = false;
+            inner.direct = Direct::Never;
         }
         true
     }
@@ -244,7 +257,7 @@ impl VfioFunction {
     fn apply(&self, inner: &mut Inner) {
         let command = inner.shadow.raw_u16(COMMAND);
         let wanted: Vec<DecodedBar> = inner.registers.decoded(command).collect();
-        let open = inner.accessible() && inner.hardware_up && inner.direct;
+        let open = inner.accessible() && inner.hardware_up && inner.direct == Direct::Standing;
         // First everything that must go: a moved BAR's old memory slot goes before its placement.
         let stays = |bar: &DecodedBar| wanted.contains(bar);
         let gone: Vec<BarIndex> =
@@ -265,6 +278,14 @@ impl VfioFunction {
             if open && !inner.mapped.iter().any(|(index, _)| *index == bar.index) {
                 self.map(&bar, &mut inner.mapped);
             }
+        }
+    }
+
+    /// The guest has reached a BAR of a function that is on.
+    fn touched(&self, inner: &mut Inner) {
+        if inner.direct == Direct::OnTouch && inner.hardware_up {
+            inner.direct = Direct::Standing;
+            self.apply(inner);
         }
     }
 
@@ -354,6 +375,8 @@ impl VfioFunction {
                 debug!("device {name}: D0 -> D3hot by the guest");
                 inner.hardware_up = false;
                 self.apply(&mut inner);
+                // In D3hot it raises no interrupt, and `_OFF`, which follows, is spared the wait for the host's interrupt threads.
+                inner.irqs.quiesce_intx(&self.handle);
                 drop(inner);
                 if let Some(domain) = domain {
                     domain.parked(self.devfn);
@@ -464,7 +487,9 @@ impl FunctionGate for VfioFunction {
         inner.powered = true;
         inner.hardware_up = true;
         inner.lost = false;
-        inner.direct = true;
+        if inner.mapped.is_empty() {
+            inner.direct = Direct::OnTouch;
+        }
         if let Some((_, pm)) = &mut inner.pm {
             pm.power_on();
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Figure, median};
 use crate::artifacts::Artifacts;
 use crate::error::{Error, Result};
-use crate::guest::{Guest, VmSpec, log_time};
+use crate::guest::{Guest, VmSpec};
 use crate::host::{Host, sysfs};
 use crate::scenarios::steps::{FIRST, bdf, pass_traffic, unbind};
 use crate::spec::{Device, HostSpec, Kernel};
@@ -19,6 +19,14 @@ const CYCLES: usize = 20;
 const NIC_CYCLES: usize = 11;
 /// Rounds of the bare calls.
 const BARE: usize = 40;
+
+const TRACING: &str = "/sys/kernel/tracing";
+const EVENTS: &str = "syscalls/sys_enter_ioctl kvm/kvm_mmio rpm/rpm_return_int";
+/// `VFIO_DEVICE_FEATURE`.
+const FEATURE_IOCTL: &str = "0x3b75";
+/// Where a guest finds the power notification device (docs/power.md).
+const NOTIFICATION: &str = "0xfed10000";
+const NOTIFICATION_END: &str = "0xfed11000";
 
 /// What one device takes, all in milliseconds.
 struct Latency {
@@ -36,8 +44,8 @@ pub fn measure(artifacts: &Artifacts) -> Result<Vec<Figure>> {
     let spec = HostSpec::devices(&[Device::Nvme, Device::Igb]).cpus(2);
     let host = Host::boot(&spec, artifacts, &kernels)?;
     let [cloud, generic] = kernels;
-    let nic = latency(&host, IGB, generic, cycle_nic)?;
-    let drive = latency(&host, NVME, cloud, cycle_drive)?;
+    let nic = latency(&host, IGB, generic, cycle_nic).map_err(|error| host.explain(error))?;
+    let drive = latency(&host, NVME, cloud, cycle_drive).map_err(|error| host.explain(error))?;
 
     let mut figures = Vec::new();
     let names = [
@@ -74,43 +82,74 @@ fn latency(
     cycle: fn(&Host, &Guest<'_>) -> Result<()>,
 ) -> Result<Latency> {
     let device = bdf(slot);
+    trace_on(host)?;
     let bare = host.run_for(&format!("vfio_probe {device} {BARE}"), Duration::from_secs(120))?.text;
-    let (entry, off, exit) = (bare_ms(&bare, "entry")?, bare_ms(&bare, "off")?, bare_ms(&bare, "exit")?);
+    let mut bare_off = offs(&trace_off(host)?, "sys_ioctl(", &device);
+    let bare_exit = bare_ms(&bare, "exit")?;
 
     let mut vm = VmSpec::new(kernel).cpus(2).device_with(&device, ",hold_off=0");
     vm.modules.extend(host.spec.device_at(&device).map(|device| device.modules()).unwrap_or_default());
     let guest = host.start_vm(&vm)?;
+    trace_on(host)?;
     cycle(host, &guest)?;
     std::thread::sleep(Duration::from_secs(1));
+    let mut off = offs(&trace_off(host)?, "kvm_mmio: mmio write", &device);
     let log = guest.log()?;
     guest.power_off()?;
-    // The VMM's own log says when the guest asked and when the call had returned. What the host's kernel does after
-    // that, it does alone: the same as after the bare call.
-    let mut to_entered = Vec::new();
+    let mut on: Vec<f64> = log
+        .lines()
+        .filter(|line| line.contains(&device))
+        .filter_map(|line| line.split_once("ready after ")?.1.split_whitespace().next()?.parse().ok())
+        .collect();
+    if bare_off.is_empty() || off.is_empty() || on.is_empty() {
+        return Err(Error::Check(format!("no power cycles were seen; the VMM's log: {log}")));
+    }
+    let cycles = off.len();
+    Ok(Latency {
+        bare_off: median(&mut bare_off),
+        bare_exit,
+        off: median(&mut off),
+        on: median(&mut on),
+        cycles,
+    })
+}
+
+/// Lets the host's kernel note the three moments that count: a bare call, the guest's store to the power notification device, and
+/// the end of the device's suspend.
+fn trace_on(host: &Host) -> Result<()> {
+    host.sh(&format!(
+        "[ -e {TRACING}/trace ] || mount -t tracefs trace {TRACING}; cd {TRACING} \
+         && echo mono >trace_clock && echo >trace \
+         && echo 'cmd == {FEATURE_IOCTL}' >events/syscalls/sys_enter_ioctl/filter \
+         && echo 'gpa >= {NOTIFICATION} && gpa < {NOTIFICATION_END}' >events/kvm/kvm_mmio/filter \
+         && for event in {EVENTS}; do echo 1 >events/$event/enable; done && echo 1 >tracing_on"
+    ))
+    .map(drop)
+}
+
+/// Ends that; what was noted, one line an event.
+fn trace_off(host: &Host) -> Result<String> {
+    host.sh(&format!("cd {TRACING}; echo 0 >tracing_on; grep -v '^#' trace"))
+}
+
+/// Times from each request, a line with `request` in it, to the end of the suspend of `device` that follows, in milliseconds.
+fn offs(trace: &str, request: &str, device: &str) -> Vec<f64> {
     let mut asked = None;
-    let mut to_ready = Vec::new();
-    for line in log.lines().filter(|line| line.contains(&device)) {
-        let at = log_time(line);
-        if line.contains("_OFF from the guest") {
-            asked = asked.or(at);
-        } else if line.contains("entered low power")
-            && let (Some(asked), Some(at)) = (asked.take(), at)
-        {
-            to_entered.push((at - asked).as_secs_f64() * 1000.0);
-        } else if let Some((_, after)) = line.split_once("ready after ") {
-            to_ready.extend(after.split_whitespace().next().and_then(|ms| ms.parse::<f64>().ok()));
+    let mut times = Vec::new();
+    for line in trace.lines() {
+        let at = line.split_whitespace().find_map(|word| word.strip_suffix(':')?.parse::<f64>().ok());
+        let suspended = line.contains("rpm_suspend+") && line.contains(device) && line.ends_with("ret=0");
+        if line.contains(request) {
+            // Low power's end is the same call as its begin: the last one before the suspend is what led to it. Of stores the
+            // first one after `_ON` (1) counts, which is the function's; its port's may follow.
+            let store = line.contains(" val 0x");
+            asked =
+                at.filter(|_| !line.ends_with(" val 0x1")).map(|at| asked.filter(|_| store).unwrap_or(at));
+        } else if suspended && let Some((asked, at)) = asked.take().zip(at) {
+            times.push((at - asked) * 1000.0);
         }
     }
-    if to_entered.is_empty() || to_ready.is_empty() {
-        return Err(Error::Check(format!("the VMM's log tells no power cycles: {log}")));
-    }
-    Ok(Latency {
-        bare_off: off,
-        bare_exit: exit,
-        off: median(&mut to_entered) + off - entry,
-        on: median(&mut to_ready),
-        cycles: to_entered.len(),
-    })
+    times
 }
 
 /// The card's driver cuts the power of its function.

@@ -88,6 +88,7 @@ impl PciFunction for VfioFunction {
         if self.handle.region_read(&bar.region, offset, data).is_err() {
             data.fill(0xff);
         }
+        self.touched(&mut inner);
     }
 
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
@@ -115,6 +116,7 @@ impl PciFunction for VfioFunction {
         if let Err(e) = self.handle.region_write(&bar.region, offset, data) {
             debug!("device {}: write to BAR {} at {offset:#x} failed: {e}", self.handle.name(), bar.index);
         }
+        self.touched(&mut inner);
     }
 }
 
