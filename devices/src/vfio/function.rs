@@ -122,10 +122,10 @@ struct Inner {
 enum Direct {
     /// They have.
     Standing,
-    /// They get them when the guest first touches one. So it is after low power: each slot that KVM makes or removes costs as
-    /// much as the rest of `_ON` or `_OFF` together, and a function without a driver, which sleeps with its port, is not touched
-    /// at all. The trapped access that comes first is that of a driver to a register: what cannot be trapped (wide loads from
-    /// video memory) comes later.
+    /// They get them when the guest first touches one, and INTx is armed then. So it is after low power: to make and remove
+    /// these costs as much as the rest of `_ON` or `_OFF` together, and a function without a driver, which sleeps with its port,
+    /// is not touched at all. The trapped access that comes first is that of a driver to a register: what cannot be trapped
+    /// (wide loads from video memory) comes later. A device asks for no interrupt before its driver has told it to.
     OnTouch,
     /// The host took BAR memory away under a running vCPU: trapped until the next `open`.
     Never,
@@ -286,6 +286,7 @@ impl VfioFunction {
         if inner.direct == Direct::OnTouch && inner.hardware_up {
             inner.direct = Direct::Standing;
             self.apply(inner);
+            self.apply_irqs(inner);
         }
     }
 
@@ -458,7 +459,8 @@ impl Inner {
         }
         let command = self.shadow.raw_u16(COMMAND);
         let decoding = command & (COMMAND_IO | COMMAND_MEMORY) != 0;
-        if self.irqs.has_intx() && decoding && command & COMMAND_INTX_DISABLE == 0 {
+        let used = self.direct != Direct::OnTouch;
+        if self.irqs.has_intx() && used && decoding && command & COMMAND_INTX_DISABLE == 0 {
             Wanted::Intx
         } else {
             Wanted::None
