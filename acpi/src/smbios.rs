@@ -44,6 +44,8 @@ pub struct SystemIdentity {
     pub family: Option<String>,
     /// Asset tag of the chassis.
     pub chassis_asset_tag: Option<String>,
+    /// Type of the chassis (table 17, values 1 to 36); "other" when `None`.
+    pub chassis_type: Option<u8>,
     /// Free-form strings for the software in the guest.
     pub oem_strings: Vec<String>,
 }
@@ -161,7 +163,7 @@ impl Table {
         let (height, power_cords, elements, element_length) = (0, 0, 0, 0);
         let mut structure = Structure::new(kind::CHASSIS);
         structure.string(manufacturer)?;
-        structure.bytes(&[OTHER]);
+        structure.bytes(&[identity.chassis_type.unwrap_or(OTHER)]);
         let (version, serial_number) = (None, None);
         structure.string(version)?;
         structure.string(serial_number)?;

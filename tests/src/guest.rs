@@ -36,6 +36,8 @@ pub struct VmSpec {
     pub modules: Vec<&'static str>,
     /// More words for the guest's command line.
     pub cmdline: String,
+    /// More options of the VMM.
+    pub options: String,
 }
 
 impl VmSpec {
@@ -50,6 +52,7 @@ impl VmSpec {
             devices: Vec::new(),
             modules: Vec::new(),
             cmdline: String::new(),
+            options: String::new(),
         }
     }
 
@@ -92,6 +95,13 @@ impl VmSpec {
         self
     }
 
+    /// The same VM with more options of the VMM.
+    pub fn options(mut self, words: &str) -> Self {
+        self.options.push(' ');
+        self.options.push_str(words);
+        self
+    }
+
     /// The command line, for the host's shell.
     pub fn command(&self) -> String {
         let image = if self.pvh { "vmlinux" } else { "vmlinuz" };
@@ -99,12 +109,13 @@ impl VmSpec {
         let devices: String = self.devices.iter().map(|device| format!(" --device {device}")).collect();
         format!(
             "dormouse --kernel {} --initramfs {initramfs} --cmdline 'console=ttyS0 quiet panic=-1 bed.modules={}{}' \
-             --cpus boot={} --memory size={} --serial tty --console off{devices}",
+             --cpus boot={} --memory size={} --serial tty --console off{devices}{}",
             guest_path(self.kernel, image),
             self.modules.join(","),
             self.cmdline,
             self.cpus,
-            self.memory
+            self.memory,
+            self.options
         )
     }
 }

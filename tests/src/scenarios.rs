@@ -7,6 +7,7 @@ mod doctor;
 mod endings;
 mod endurance;
 mod gpu;
+mod guest_view;
 mod hostile;
 mod nic;
 mod nvme;
@@ -37,6 +38,7 @@ pub fn all() -> Vec<Scenario> {
         doctor::table(),
         nic::table(),
         gpu::table(),
+        guest_view::table(),
         nvme::table(),
         hostile::table(),
         slots::table(),

@@ -21,8 +21,8 @@ pub trait FunctionGate: Debug + Send + Sync {
     /// answered from a shadow, interrupt unmasking is quiet. Called from vCPU threads on `_OFF` and from the worker; quick.
     fn close(&self);
 
-    /// Hardware answers again: lets the guest in. BAR slots come back where COMMAND.MEM and D0 say so, and the virtual
-    /// PMCSR says D0. Also undoes [`lost`](Self::lost). Called from vCPU threads when `_ON` comes before the device was put in low power and
+    /// Hardware answers again: lets the guest in. BARs are decoded where COMMAND.MEM and D0 say so, with slots at once or when the
+    /// guest first touches one, and the virtual PMCSR says D0. Also undoes [`lost`](Self::lost). Called from vCPU threads when `_ON` comes before the device was put in low power and
     /// from the worker; quick. Does nothing when the gate is open and the function in D0.
     fn open(&self);
 

@@ -368,6 +368,9 @@ pub struct PlatformConfig {
     /// Asset tag of the chassis in SMBIOS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chassis_asset_tag: Option<String>,
+    /// Chassis type in SMBIOS; Dormouse's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chassis_type: Option<u8>,
     /// Whether devices are opened through iommufd rather than VFIO groups.
     #[serde(default)]
     pub iommufd: bool,
@@ -400,6 +403,7 @@ impl Default for PlatformConfig {
             system_family: None,
             system_sku_number: None,
             chassis_asset_tag: None,
+            chassis_type: None,
             iommufd: false,
             iommufd_fd: None,
             tdx: false,

@@ -62,6 +62,7 @@ fn what_the_operator_says_is_what_the_guest_reads() {
         sku_number: text("K"),
         family: text("F"),
         chassis_asset_tag: text("A7"),
+        chassis_type: Some(10),
         oem_strings: vec!["one".to_owned(), String::new(), "three".to_owned()],
     };
     let structures = parse(&build(&identity, 0xf_0000).unwrap());
@@ -69,7 +70,7 @@ fn what_the_operator_says_is_what_the_guest_reads() {
     assert_eq!(strings, &["ACME", "Toaster", "2", "S1", "K", "F"]);
     assert_eq!(system[..4], [1, 2, 3, 4]);
     assert_eq!(&system[4..20], b"\x33\x22\x11\x00\x55\x44\x77\x66\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
-    assert_eq!(structures[2].2, ["ACME", "A7"]);
+    assert_eq!((structures[2].1[1], &structures[2].2[..]), (10, &["ACME".to_owned(), "A7".to_owned()][..]));
     let (kind, formatted, strings) = &structures[3];
     assert_eq!((*kind, formatted.as_slice(), strings.len()), (11, &[3_u8][..], 3));
     assert_eq!(strings[2], "three");

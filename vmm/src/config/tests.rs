@@ -217,6 +217,11 @@ fn smbios_strings_reach_the_machine() {
         let config = PlatformConfig { system_uuid: Some(bad.into()), ..Default::default() };
         assert!(config.identity().is_err(), "{bad}");
     }
+    assert_eq!(PlatformConfig::parse("chassis_type=10").unwrap().identity().unwrap().chassis_type, Some(10));
+    for bad in ["chassis_type=0", "chassis_type=37"] {
+        let message = error(|config| config.platform = Some(PlatformConfig::parse(bad).unwrap()));
+        assert!(message.contains(bad) && message.contains("1 to 36"), "{message}");
+    }
 }
 
 #[test]

@@ -61,6 +61,14 @@ pub enum ConfigError {
     /// A power policy that makes no sense.
     #[error("--device {0}")]
     Policy(PolicyError),
+    /// A chassis that SMBIOS does not know.
+    #[error(
+        "--platform chassis_type={kind} is none of SMBIOS; use 1 to 36, for example 3 (desktop), 10 (notebook), 17 (server)"
+    )]
+    ChassisType {
+        /// The type.
+        kind: u8,
+    },
     /// A width that no processor has.
     #[error("--cpus max_phys_bits={bits} is not possible; use 36 to 52")]
     PhysBits {
@@ -254,6 +262,9 @@ impl PlatformConfig {
         refuse(self.iommufd_fd.is_some(), "--platform iommufd_fd")?;
         refuse(self.tdx, "--platform tdx=on")?;
         refuse(self.sev_snp, "--platform sev_snp=on")?;
+        if let Some(kind) = self.chassis_type.filter(|kind| !(1..=36).contains(kind)) {
+            return Err(ConfigError::ChassisType { kind });
+        }
         self.identity().map(|_| ())
     }
 
@@ -275,6 +286,7 @@ impl PlatformConfig {
             sku_number: self.system_sku_number.clone(),
             family: self.system_family.clone(),
             chassis_asset_tag: self.chassis_asset_tag.clone(),
+            chassis_type: self.chassis_type,
             oem_strings: self.oem_strings.clone().unwrap_or_default(),
         })
     }
