@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::steps::{FIRST, WAKE, bdf, nic_to_sleep, pass_traffic, unbind, vm};
+use super::steps::{FIRST, IDLE, SECOND, WAKE, bdf, nic_to_sleep, no_driver, pass_traffic, unbind, vm};
 use super::{E1000E, GPU, NVME, parallel, scenario};
 use crate::error::{Result, ensure};
 use crate::guest::Guest;
@@ -11,6 +11,10 @@ use crate::runner::{Case, Scenario};
 
 /// `COMMAND.MEM`, in the 16-bit command register at offset 4.
 const MEMORY_DECODE: u16 = 2;
+/// The third assigned function, as the guest sees it.
+const THIRD: &str = "0000:03:00.0";
+/// How long a guest does its worst, in seconds.
+const ABUSE: u64 = 60;
 /// Vendor and device of an 82574L, as one double word.
 const E1000E_ID: &str = "0x10d38086";
 
@@ -21,6 +25,7 @@ pub fn table() -> Vec<Scenario> {
         scenario("bars_without_memory_decode_read_all_ones", without_decode),
         scenario("bars_in_d3cold_read_all_ones_and_wake_nothing", in_d3cold),
         scenario("config_space_in_d3cold_answers_and_wakes_nothing", config_in_d3cold),
+        scenario("guest_that_does_its_worst_from_two_vcpus_harms_nobody", abuse),
         parallel("memory_decode_switched_while_another_vcpu_reads_harms_nothing", decode_race),
     ]
 }
@@ -89,6 +94,43 @@ fn decode_race(case: &Case<'_>) -> Result<()> {
     );
     guest.sh_for(&script, Duration::from_secs(120))?;
     working_again(&guest, &before)
+}
+
+/// On a host with one processor: what two do to the emulator (docs/testing.md) happens within seconds when memory slots come and go as
+/// quickly as here. The guest's two are switched in the middle of everything all the same.
+fn abuse(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    let guest =
+        host.start_vm(&vm(case, &[GPU, E1000E, NVME]).cpus(2).memory("1G").cmdline("iomem=relaxed"))?;
+    let functions = [FIRST, SECOND, THIRD];
+    for function in functions {
+        no_driver(&guest, function)?;
+        guest.sh(&format!("echo 1 >{}", sysfs(function, "enable")))?;
+    }
+    // One of them is put to sleep by the guest's kernel as well.
+    guest.sh(&format!("echo auto >{}", sysfs(THIRD, "power/control")))?;
+    let vmm = host.sh("pidof dormouse")?;
+    let one = |cpu: usize, seed: u64| {
+        format!("taskset -c {cpu} guest_tool abuse {ABUSE} {seed} {}", functions.join(" "))
+    };
+    // What its kernel has to say of this guest's deeds does not matter; that it and the VMM live on does.
+    guest.sh_for(
+        &format!("dmesg -n 1; {} & one=$!; {} && wait $one", one(0, 2021), one(1, 71077345)),
+        Duration::from_secs(ABUSE + 120),
+    )?;
+    ensure(host.sh("pidof dormouse")? == vmm, || "the VMM has not survived".to_owned())?;
+    let mark = guest.mark();
+    guest.begin("reboot -f")?;
+    guest.wait_ready(mark)?;
+    guest.sh("timeout 20 guest_tool drm")?;
+    host.set_link(E1000E, true)?;
+    pass_traffic(&guest, SECOND)?;
+    guest.sh("dd if=/dev/nvme0n1 of=/dev/null bs=1M count=4")?;
+    for (slot, function) in [(GPU, FIRST), (NVME, THIRD)] {
+        unbind(&guest, function)?;
+        host.wait_power_state(&bdf(slot), "D3cold", IDLE)?;
+    }
+    guest.power_off()
 }
 
 /// A VM whose function has no driver and may be mapped by anybody.

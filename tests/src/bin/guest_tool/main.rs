@@ -11,8 +11,11 @@
 //!   for D3hot.
 //! - `guest_tool cycle BDF COUNT MS`: lets a function without a driver suspend, leaves it so for MS milliseconds, wakes
 //!   it, COUNT times; each time it must be in D3cold, then in D0 with the identity it had.
+//! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
+
+mod abuse;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -40,8 +43,11 @@ fn main() -> ExitCode {
         ["pmcsr", bdf] => pmcsr(bdf, None),
         ["pmcsr", bdf, state] => pmcsr(bdf, Some(state)),
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
+        ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
         ["drm"] => drm::draw(),
-        _ => Err(io::Error::other("usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|drm ...")),
+        _ => {
+            Err(io::Error::other("usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|drm ..."))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -63,8 +69,16 @@ fn number(text: &str) -> io::Result<u64> {
 }
 
 fn each_bar(bdf: &str, look: impl Fn(&Mapping) -> io::Result<String>) -> io::Result<()> {
+    for (index, bar) in map_bars(bdf)? {
+        println!("bar{index} {}", look(&bar)?);
+    }
+    Ok(())
+}
+
+/// The memory BARs by their number; at least one.
+fn map_bars(bdf: &str) -> io::Result<Vec<(usize, Mapping)>> {
     const MEMORY: u64 = 0x200; // IORESOURCE_MEM
-    let mut seen = 0;
+    let mut bars = Vec::new();
     for (index, line) in fs::read_to_string(sysfs(bdf, "resource"))?.lines().take(6).enumerate() {
         let fields: Vec<u64> = line.split_whitespace().map_while(|f| number(f).ok()).collect();
         let &[start, end, flags] = fields.as_slice() else { continue };
@@ -73,10 +87,9 @@ fn each_bar(bdf: &str, look: impl Fn(&Mapping) -> io::Result<String>) -> io::Res
         }
         let length = usize::try_from(end - start + 1).map_err(io::Error::other)?;
         let file = OpenOptions::new().read(true).write(true).open(sysfs(bdf, &format!("resource{index}")))?;
-        println!("bar{index} {}", look(&Mapping::new(&file, length)?)?);
-        seen += 1;
+        bars.push((index, Mapping::new(&file, length)?));
     }
-    if seen == 0 { Err(io::Error::other("no memory BAR")) } else { Ok(()) }
+    if bars.is_empty() { Err(io::Error::other("no memory BAR")) } else { Ok(bars) }
 }
 
 fn hammer(bar: &Mapping) -> io::Result<String> {
@@ -229,6 +242,10 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         Ok(Self { address: address.cast(), length })
+    }
+
+    fn length(&self) -> usize {
+        self.length
     }
 
     fn read<T: Copy + Default>(&self, offset: usize) -> T {
