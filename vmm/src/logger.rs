@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
 /// Lines that one place may write in one period.
 const LINES_PER_PERIOD: u64 = 20;
@@ -50,7 +50,7 @@ struct Logger {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= self.level
+        rank(metadata) <= self.level
     }
 
     fn log(&self, record: &Record<'_>) {
@@ -74,6 +74,12 @@ impl Log for Logger {
     }
 
     fn flush(&self) {}
+}
+
+/// The level that counts. What `vfio-ioctls` warns of is usual: it asks each device for interrupts and regions that most have not.
+fn rank(metadata: &Metadata<'_>) -> Level {
+    let usual = metadata.level() == Level::Warn && metadata.target().starts_with("vfio_ioctls");
+    if usual { Level::Debug } else { metadata.level() }
 }
 
 struct Line<'a> {
@@ -150,7 +156,6 @@ fn slot(record: &Record<'_>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use log::Level;
 
     fn record(line: u32) -> Record<'static> {
         Record::builder()
@@ -176,6 +181,14 @@ mod tests {
         assert_eq!(line(0), "dormouse: 1.042317s: <vcpu0> WARN:devices::rtc -- hello\n");
         assert_eq!((thread_name(Some("main")), thread_name(None)), ("vmm", "?"));
         assert!(line(3).ends_with("hello (3 messages from here held back)\n"));
+    }
+
+    #[test]
+    fn what_the_library_warns_of_at_every_device_is_for_debugging() {
+        let rank = |level, target| rank(&Metadata::builder().level(level).target(target).build());
+        assert_eq!(rank(Level::Warn, "vfio_ioctls::vfio_device"), Level::Debug);
+        assert_eq!(rank(Level::Error, "vfio_ioctls::vfio_device"), Level::Error);
+        assert_eq!(rank(Level::Warn, "devices::vfio::function"), Level::Warn);
     }
 
     #[test]
