@@ -116,7 +116,7 @@ fn boot(artifacts: &Artifacts) -> Result<Vec<Figure>> {
         // /proc/uptime counts hundredths, which is half a per cent here.
         let timed =
             format!("read a b </proc/uptime; {command} || exit 1; read c d </proc/uptime; echo $a $c");
-        let output = host.run_for(&timed, Duration::from_secs(900))?;
+        let output = host.run_for(&timed, Duration::from_secs(180))?;
         let times: Vec<f64> = output.text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let &[before, after] = times.as_slice() else {
             return Err(Error::Check(format!("the boot for measuring failed: {}", output.text)));
