@@ -1,6 +1,7 @@
 //! Every scenario there is. To add one: write a function that takes a [`Case`] in the file of its subject, and one line
 //! in that file's table.
 
+mod administrator;
 mod bad_input;
 mod boot;
 mod doctor;
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Scenario> {
         hostile::table(),
         slots::table(),
         endings::table(),
+        administrator::table(),
         tables::table(),
     ]
     .concat()
