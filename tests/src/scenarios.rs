@@ -55,11 +55,6 @@ fn standard() -> HostSpec {
     HostSpec::devices(&[Device::Gpu, Device::E1000e, Device::Igb, Device::Nvme])
 }
 
-/// A scenario on the standard host, but with two processors.
-fn parallel(name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
-    on(standard().cpus(2), name, run)
-}
-
 /// A scenario on the standard host with the 6.12 kernel that has every driver.
 fn scenario(name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
     on(standard(), name, run)
