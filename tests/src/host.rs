@@ -174,7 +174,6 @@ impl Host {
     }
 
     /// Adds the last words of the host's kernel and of QEMU to an error that came from the host's silence.
-    /// Adds what the host's console and QEMU said last.
     pub fn explain(&self, error: Error) -> Error {
         let console = self.console.since(self.console.mark().saturating_sub(15)).join("\n");
         let qemu = fs::read_to_string(self.dir.join("qemu.log")).unwrap_or_default();

@@ -281,6 +281,16 @@ impl VfioFunction {
         }
     }
 
+    /// Closes what reaches hardware without an access by us, once the state says that nothing may: memory slots, and INTx, whose
+    /// resampling eventfd would unmask it in the configuration space of a device that is off.
+    ///
+    /// Done in D3hot already, where a device raises no interrupt: so `_OFF`, which follows, is spared the wait for the host's
+    /// interrupt threads.
+    fn shut(&self, inner: &mut Inner) {
+        self.apply(inner);
+        inner.irqs.quiesce_intx(&self.handle);
+    }
+
     /// The guest has reached a BAR of a function that is on.
     fn touched(&self, inner: &mut Inner) {
         if inner.direct == Direct::OnTouch && inner.hardware_up {
@@ -375,9 +385,7 @@ impl VfioFunction {
             DState::D3Hot => {
                 debug!("device {name}: D0 -> D3hot by the guest");
                 inner.hardware_up = false;
-                self.apply(&mut inner);
-                // In D3hot it raises no interrupt, and `_OFF`, which follows, is spared the wait for the host's interrupt threads.
-                inner.irqs.quiesce_intx(&self.handle);
+                self.shut(&mut inner);
                 drop(inner);
                 if let Some(domain) = domain {
                     domain.parked(self.devfn);
@@ -479,9 +487,7 @@ impl FunctionGate for VfioFunction {
         if let Some((_, pm)) = &mut inner.pm {
             pm.power_off();
         }
-        self.apply(&mut inner);
-        // The resampling eventfd would unmask INTx in the device's configuration space while it is off.
-        inner.irqs.quiesce_intx(&self.handle);
+        self.shut(&mut inner);
     }
 
     fn open(&self) {

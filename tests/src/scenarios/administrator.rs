@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::steps::{FIRST, IDLE, VFIO, WAKE, bdf, bind, guest_is_content, unbind, vm};
+use super::steps::{FIRST, IDLE, VFIO, WAKE, bdf, bind, guest_is_content, unbind, vm, wait_for_drive};
 use super::{NVME, scenario};
 use crate::error::{Result, ensure};
 use crate::guest::Guest;
@@ -36,9 +36,7 @@ fn asleep<'a>(case: &Case<'a>) -> Result<Guest<'a>> {
 /// The guest's driver finds its drive, and the guest's kernel nothing to complain about.
 fn works(guest: Guest<'_>) -> Result<()> {
     bind(&guest, FIRST)?;
-    wait_for("the drive's namespace appears", IDLE, || {
-        Ok(if guest.run("test -b /dev/nvme0n1")?.status == 0 { Ok(()) } else { Err(String::new()) })
-    })?;
+    wait_for_drive(&guest)?;
     guest.sh("dd if=/dev/nvme0n1 of=/dev/null bs=1M count=4")?;
     guest_is_content(&guest)?;
     guest.power_off()

@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use super::steps::{FIRST, IDLE, bdf, bind, guest_is_content, unbind, vm};
+use super::steps::{FIRST, IDLE, bdf, bind, guest_is_content, unbind, vm, wait_for_drive};
 use super::{NVME, scenario, with_old_kernels};
 use crate::error::{Result, ensure};
-use crate::guest::Guest;
-use crate::rpc::wait_for;
 use crate::runner::{Case, Scenario};
 
 /// How much is written and compared: 16 MiB, DMA in both directions.
@@ -43,11 +41,4 @@ fn keeps_bytes(case: &Case<'_>) -> Result<()> {
     }
     guest_is_content(&guest)?;
     guest.power_off()
-}
-
-fn wait_for_drive(guest: &Guest<'_>) -> Result<()> {
-    wait_for("the drive's namespace appears", IDLE, || {
-        let list = guest.run("ls /dev/nvme*")?;
-        Ok(if guest.run("test -b /dev/nvme0n1")?.status == 0 { Ok(()) } else { Err(list.text) })
-    })
 }

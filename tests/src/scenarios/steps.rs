@@ -101,6 +101,14 @@ pub fn bind(guest: &Guest<'_>, function: &str) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the guest's driver has found what is on the NVMe drive.
+pub fn wait_for_drive(guest: &Guest<'_>) -> Result<()> {
+    wait_for("the drive's namespace appears", IDLE, || {
+        let list = guest.run("ls /dev/nvme*")?;
+        Ok(if guest.run("test -b /dev/nvme0n1")?.status == 0 { Ok(()) } else { Err(list.text) })
+    })
+}
+
 /// Takes a function from whatever driver is built into the guest's kernel (virtio_pci is).
 pub fn no_driver(guest: &Guest<'_>, function: &str) -> Result<()> {
     let driver = sysfs(function, "driver");

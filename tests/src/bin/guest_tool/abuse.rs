@@ -14,7 +14,7 @@ use super::{Mapping, PAGE, map_bars, number, sysfs};
 const NOTIFICATION: i64 = 0xfed1_0000;
 const REQUESTS: usize = 0x100;
 const RESOURCES: u64 = 8;
-/// Command register, its high byte, and the bits of it that are left alone: bus mastering.
+/// Command register, and the bit of it that is left off: bus mastering.
 const COMMAND: u64 = 4;
 const BUS_MASTER: u32 = 4;
 /// Bridge Control, and its bit that resets the bus below.
@@ -44,7 +44,7 @@ impl Random {
         usize::try_from(self.below(u64::try_from(limit).unwrap_or(u64::MAX))).unwrap_or(0)
     }
 
-    fn low_word(&mut self) -> u32 {
+    fn half(&mut self) -> u32 {
         u32::try_from(self.next() >> 32).unwrap_or_default()
     }
 }
@@ -113,7 +113,7 @@ fn access(mapping: &Mapping, random: &mut Random) {
         2 | 3 => drop(mapping.read::<u32>(at & !3)),
         4 => drop(mapping.read::<u64>(at & !7)),
         5 => mapping.write::<u8>(at, bytes[0]),
-        6 => mapping.write::<u32>(at & !3, random.low_word()),
+        6 => mapping.write::<u32>(at & !3, random.half()),
         _ => mapping.write::<u64>(at & !7, value),
     }
 }
@@ -132,7 +132,7 @@ fn configuration(config: &File, random: &mut Random) {
         let _ = config.read_at(&mut bytes, at);
         return;
     }
-    let mut value = random.low_word();
+    let mut value = random.half();
     if at == COMMAND {
         value &= 0xffff & !BUS_MASTER;
     }
