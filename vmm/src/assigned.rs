@@ -25,11 +25,12 @@ use vfio_bindings::bindings::vfio::VFIO_PCI_INTX_IRQ_INDEX;
 use vfio_pm::offer::{Offer, PowerChoice, offer};
 use vfio_pm::sysfs::{HostPower, SYSFS};
 use vfio_pm::{
-    CreateError, DomainSpec, LowPower, MemberSpec, NewsSink, Policy, PolicyError, PowerDomain, PowerNews,
-    Support, Timing, VfioLowPower, WakePolicy, WakeSink,
+    CreateError, DomainSpec, LowPower, MemberSpec, News, NewsSink, Policy, PolicyError, PowerDomain,
+    PowerNews, Support, Timing, VfioLowPower, WakePolicy, WakeSink,
 };
 
 use crate::config::DeviceConfig;
+use crate::events::{Events, Properties};
 use crate::irq::{Gsi, IrqRouter, MsiVectors};
 use crate::remedy::remedy;
 
@@ -106,6 +107,8 @@ pub struct Surroundings {
     pub wake: Arc<dyn WakeSink>,
     /// Devices that did not come back from low power before the guest's last reset.
     pub latched: Vec<Bdf>,
+    /// Where news of power goes.
+    pub events: Events,
 }
 
 /// One assigned device: the host's view and the user's wishes.
@@ -126,13 +129,26 @@ pub struct Slot {
     /// The port's power resource.
     pub port_resource: Option<ResourceIndex>,
     /// Its functions.
-    pub functions: Vec<(Arc<VfioFunction>, Option<ResourceIndex>)>,
+    pub functions: Vec<SlotFunction>,
+}
+
+/// A function in its slot.
+#[derive(Debug)]
+pub struct SlotFunction {
+    /// Name that the operator knows it by.
+    pub id: String,
+    /// Address on the host.
+    pub host: Bdf,
+    /// The function.
+    pub function: Arc<VfioFunction>,
+    /// Its power resource, if it is offered one.
+    pub resource: Option<ResourceIndex>,
 }
 
 impl Slot {
     /// What the slot's BARs need.
     pub fn needs(&self) -> PortNeeds {
-        let functions = self.functions.iter().map(|(function, _)| function.needs()).collect();
+        let functions = self.functions.iter().map(|place| place.function.needs()).collect();
         PortNeeds { devfn: self.port.devfn(), functions }
     }
 
@@ -141,7 +157,7 @@ impl Slot {
         let functions = self
             .functions
             .iter()
-            .map(|(function, resource)| FunctionDescription { devfn: function.devfn(), resource: *resource })
+            .map(|place| FunctionDescription { devfn: place.function.devfn(), resource: place.resource })
             .collect();
         RootPortDescription { devfn: self.port.devfn(), resource: self.port_resource, functions }
     }
@@ -276,14 +292,19 @@ fn build_slot(
             signals,
             policy: policy(assignment)?,
         });
-        functions.push((function, resource));
+        functions.push(SlotFunction {
+            id: assignment.config.id.clone().unwrap_or_else(|| assignment.host.bdf.to_string()),
+            host: assignment.host.bdf,
+            function,
+            resource,
+        });
     }
     let children = functions
         .iter()
-        .map(|(function, _)| (function.devfn(), Arc::clone(function) as Arc<dyn PciFunction>))
+        .map(|place| (place.function.devfn(), Arc::clone(&place.function) as Arc<dyn PciFunction>))
         .collect();
     port.set_children(children).map_err(|source| AssignedError::Children { port: devfn, source })?;
-    let to_reset: Vec<_> = functions.iter().map(|(function, _)| Arc::downgrade(function)).collect();
+    let to_reset: Vec<_> = functions.iter().map(|place| Arc::downgrade(&place.function)).collect();
     port.on_secondary_reset(Box::new(move || {
         to_reset.iter().filter_map(std::sync::Weak::upgrade).for_each(|function| function.reset());
     }));
@@ -293,11 +314,14 @@ fn build_slot(
         members,
         pme: Arc::clone(&port) as _,
         wake: Arc::clone(&around.wake),
-        news: Some(Arc::new(LogNews)),
+        news: Some(Arc::new(PowerTeller {
+            events: around.events.clone(),
+            ids: functions.iter().map(|place| (place.host.to_string(), place.id.clone())).collect(),
+        })),
         latched_by,
         timing: Timing::default(),
     })?;
-    functions.iter().for_each(|(function, _)| function.join(&domain));
+    functions.iter().for_each(|place| place.function.join(&domain));
     Ok(Slot { domain, port, port_resource, functions })
 }
 
@@ -352,17 +376,62 @@ fn policy(assignment: &Assignment) -> Result<Policy, AssignedError> {
     Ok(policy)
 }
 
-/// All news of power in the log, one JSON object a line, for those who ask for debug messages.
+/// All news of power: to the event monitor, and to the log as one JSON object a line for those who ask for debug messages.
 #[derive(Debug)]
-struct LogNews;
+struct PowerTeller {
+    events: Events,
+    /// Names by host address.
+    ids: Vec<(String, String)>,
+}
 
-impl NewsSink for LogNews {
+/// Longest property of an event: readers have buffers of a fixed size.
+const LONGEST_PROPERTY: usize = 300;
+
+impl NewsSink for PowerTeller {
     fn tell(&self, news: &PowerNews) {
         if log_enabled!(Level::Debug)
             && let Ok(text) = serde_json::to_string(news)
         {
             debug!("power news: {text}");
         }
+        if !self.events.are_heard() {
+            return;
+        }
+        let id = self.ids.iter().find(|(bdf, _)| *bdf == news.bdf).map(|(_, id)| id.clone());
+        let mut properties: Properties = [("bdf", news.bdf.clone())].into();
+        properties.extend(id.map(|id| ("id", id)));
+        if news.left_out > 0 {
+            properties.insert("left_out", news.left_out.to_string());
+        }
+        let what = match &news.news {
+            News::Transition { from, to, after_ms } => {
+                properties.extend([
+                    ("from", (*from).to_owned()),
+                    ("state", (*to).to_owned()),
+                    ("after_ms", after_ms.to_string()),
+                ]);
+                "transition"
+            }
+            News::Woken { cause } => {
+                properties.insert("cause", (*cause).to_owned());
+                "woken"
+            }
+            News::Failed { failure, message } => {
+                properties.insert("failure", (*failure).to_owned());
+                properties.insert("message", message.chars().take(LONGEST_PROPERTY).collect());
+                "failed"
+            }
+            News::Denied { why, wait_ms } => {
+                properties.insert("why", (*why).to_owned());
+                properties.extend(wait_ms.map(|wait| ("wait_ms", wait.to_string())));
+                "denied"
+            }
+            News::Latched => "latched",
+            News::Unlatched => "unlatched",
+            News::Recovered => "recovered",
+        };
+        properties.insert("what", what.to_owned());
+        self.events.tell_with("vm", "device-power", properties);
     }
 }
 

@@ -8,12 +8,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod absent;
+mod endpoint;
 mod option_parser;
 mod parse;
 #[cfg(test)]
 mod tests;
 mod validate;
 
+pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -42,6 +46,15 @@ pub struct VmConfig {
     /// What concerns the machine as a whole.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
+    /// The source of random numbers.
+    #[serde(default)]
+    pub rng: RngConfig,
+    /// The debug console.
+    #[serde(default)]
+    pub debug_console: DebugConsoleConfig,
+    /// What is not there yet.
+    #[serde(flatten)]
+    pub absent: AbsentSettings,
 }
 
 /// Processors.

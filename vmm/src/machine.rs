@@ -1,4 +1,4 @@
-//! One machine, from power-on to power-off or reset: built whole, then frozen, then run, then taken apart in order.
+//! One machine, built whole and then frozen; `running.rs` runs it and takes it apart.
 //!
 //! A guest reboot takes the machine apart and builds it again: every device starts from its reset state, assigned
 //! devices are closed and opened, which resets them. What must survive that (the console's other end, the clock's
@@ -14,14 +14,13 @@ use devices::i8042::{I8042, PORTS as I8042_PORTS};
 use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
 use devices::reset::{MachineControl, ResetControl, ResetRegister};
 use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
-use devices::serial::{Backend, PORTS as SERIAL_PORTS, Serial, SerialError};
+use devices::serial::{Backend, BackendError, PORTS as SERIAL_PORTS, Serial, SerialError};
 use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::Windows;
 use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
 use kvm_ioctls::{Kvm, VmFd};
-use log::{debug, info};
-use pci::assign::{Aperture, Apertures, AssignError};
+use pci::assign::{Aperture, Apertures, AssignError, Assignment as Plan};
 use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
 use pci::ecam::{CAM_LEN, Cam, ECAM_LEN, Ecam};
 use pci::host_bridge::HostBridge;
@@ -36,15 +35,17 @@ use crate::assigned::{
     AssignedError, Assignment, Slot, Surroundings, build_slots, check_places, device_paths,
 };
 use crate::config::{ConfigError, VmConfig};
-use crate::control::{Control, StopReason};
+use crate::control::Control;
 use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
+use crate::events::Events;
 use crate::firmware::{self, FirmwareError};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::irq::{Gsi, IrqRouter};
 use crate::memory::{GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
+use crate::orders::Orders;
 use crate::remedy::remedy;
-use crate::vcpu::{FaultCure, VcpuContext, Vcpus};
+use crate::vcpu::{FaultCure, VcpuContext};
 
 /// A machine that cannot be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +89,9 @@ pub enum MachineError {
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// The other end of the serial port.
+    #[error(transparent)]
+    Console(#[from] BackendError),
     /// The clock.
     #[error(transparent)]
     Rtc(#[from] RtcError),
@@ -117,24 +121,14 @@ fn resources(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// What outlives one machine: kept over guest reboots.
 #[derive(Debug)]
 pub struct Lifetime {
-    kvm: Kvm,
-    signals: Arc<Signals>,
-    console: Option<Arc<Backend>>,
-    battery: Battery,
+    pub(crate) kvm: Arc<Kvm>,
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) orders: Arc<Orders>,
+    pub(crate) events: Events,
+    pub(crate) console: Option<Arc<Backend>>,
+    pub(crate) battery: Battery,
     /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
-    latched: Vec<Bdf>,
-}
-
-impl Lifetime {
-    /// For a VMM that has just started.
-    pub fn new(kvm: Kvm, signals: Signals, console: Option<Arc<Backend>>) -> Self {
-        Self { kvm, signals: Arc::new(signals), console, battery: Battery::default(), latched: Vec::new() }
-    }
-
-    /// Whether a signal to end has arrived while no machine ran.
-    pub fn is_told_to_end(&self) -> bool {
-        self.signals.pending().is_some()
-    }
+    pub(crate) latched: Vec<Bdf>,
 }
 
 /// Closes BARs of all assigned functions when a vCPU finds their memory gone.
@@ -177,15 +171,18 @@ impl Buses {
 
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
-    vcpus: Vec<kvm_ioctls::VcpuFd>,
-    event_loop: EventLoop,
-    context: VcpuContext,
-    rtc: Arc<Rtc>,
+    pub(crate) vcpus: Vec<kvm_ioctls::VcpuFd>,
+    pub(crate) event_loop: EventLoop,
+    pub(crate) context: VcpuContext,
+    pub(crate) rtc: Arc<Rtc>,
+    pub(crate) event_device: Arc<EventDevice>,
     // The power domains first, since their workers drive the functions' hardware; the functions with the last
     // reference to the buses; then the descriptors, the IOMMU context, and last of all the RAM that it maps.
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     _iommu: Option<Iommu>,
-    ram: GuestRam,
+    pub(crate) ram: GuestRam,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) plan: Plan,
 }
 
 /// The opened functions and the context that they are in.
@@ -262,15 +259,16 @@ impl Machine {
                     router: Arc::clone(&router),
                     mapper: Arc::new(BarMapper(Arc::clone(&memslots))),
                     windows,
-                    wake: events,
+                    wake: Arc::clone(&events) as _,
                     latched: lifetime.latched.clone(),
+                    events: lifetime.events.clone(),
                 };
                 let slots = build_slots(&devices, &handles, &around)?;
                 (slots, Some(Iommu { _handles: handles, _context: context }))
             }
             None => (Vec::new(), None),
         };
-        let bus = pci_bus(&slots, &map)?;
+        let (bus, plan) = pci_bus(&slots, &map)?;
         buses.mmio(
             "PCI configuration space",
             layout::PCI_ECAM.start.0,
@@ -307,35 +305,26 @@ impl Machine {
         let vcpus = processors.create(&vm, &entry)?;
 
         let functions =
-            slots.iter().flat_map(|slot| &slot.functions).map(|(function, _)| Arc::clone(function));
+            slots.iter().flat_map(|slot| &slot.functions).map(|place| Arc::clone(&place.function));
         let context = VcpuContext {
             io: Arc::new(buses.0),
             control: Arc::clone(&control),
             faults: Arc::new(CloseBars(functions.collect())),
         };
-        let event_loop = EventLoop::new(control, Arc::clone(&lifetime.signals), subscribers)?;
-        Ok(Self { vcpus, event_loop, context, rtc, slots, _iommu: iommu, ram })
-    }
-
-    /// Runs the machine until it stops, and takes it apart.
-    pub fn run(mut self, lifetime: &mut Lifetime) -> Result<StopReason, MachineError> {
-        let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.context)
-            .map_err(resources("the threads of the vCPUs"))?;
-        info!("the guest runs");
-        let reason = self.event_loop.run();
-        vcpus.stop();
-        lifetime.battery = self.rtc.battery();
-        lifetime.latched.clear();
-        for slot in &self.slots {
-            slot.domain.shutdown();
-            lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
-        }
-        debug!("the machine is taken apart: {} slots, RAM {:?}", self.slots.len(), self.ram);
-        drop(self);
-        match reason? {
-            StopReason::Fault(cause) => Err(MachineError::Fault(cause)),
-            reason => Ok(reason),
-        }
+        let orders = Arc::clone(&lifetime.orders);
+        let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
+        Ok(Self {
+            vcpus,
+            event_loop,
+            context,
+            rtc,
+            event_device: events,
+            slots,
+            _iommu: iommu,
+            ram,
+            vm,
+            plan,
+        })
     }
 }
 
@@ -398,7 +387,7 @@ fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineErr
 }
 
 /// Bus 0 with its bridges, numbered and with all BARs at their addresses.
-fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<Arc<RootBus>, MachineError> {
+fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<(Arc<RootBus>, Plan), MachineError> {
     let mut bus = RootBusBuilder::new();
     bus.add_function(DevFn::from_bits(0), Arc::new(HostBridge::new())).map_err(MachineError::Bus)?;
     for slot in slots {
@@ -417,7 +406,7 @@ fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<Arc<RootBus>, MachineError
     let plan = pci::assign::assign(&[], &needs, &apertures)?;
     let bus = Arc::new(bus.build());
     plan.program(&bus);
-    Ok(bus)
+    Ok((bus, plan))
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in the middle of it.

@@ -9,7 +9,7 @@ fn parse_words(line: &str) -> Result<Action, CliError> {
 
 fn machine(line: &str) -> (VmConfig, LogOptions) {
     match parse_words(line) {
-        Ok(Action::Run { config, log }) => (*config, log),
+        Ok(Action::Run { config: Some(config), log, .. }) => (*config, log),
         other => panic!("{line}: {other:?}"),
     }
 }
@@ -77,7 +77,7 @@ fn defaults_are_cloud_hypervisors_but_for_the_console() {
 #[test]
 fn a_command_line_may_start_with_a_hyphen() {
     let action = parse(["dormouse", "--kernel", "k", "--cmdline", "-- single"]).unwrap();
-    let Action::Run { config, .. } = action else { panic!("{action:?}") };
+    let Action::Run { config: Some(config), .. } = action else { panic!("{action:?}") };
     assert_eq!(config.payload.unwrap().cmdline.as_deref(), Some("-- single"));
 }
 
