@@ -132,6 +132,8 @@ pub enum Outcome {
     Stop(StopReason),
     /// There are orders to carry out; the loop goes on after that.
     Orders,
+    /// The guest has let go of devices, or does not; the loop goes on after that.
+    Releases,
 }
 
 /// The loop of one machine.
@@ -167,6 +169,9 @@ impl EventLoop {
         loop {
             if let Some(reason) = self.control.reason() {
                 return Ok(Outcome::Stop(reason));
+            }
+            if self.control.wants_attention() {
+                return Ok(Outcome::Releases);
             }
             if self.orders.are_waiting() {
                 return Ok(Outcome::Orders);

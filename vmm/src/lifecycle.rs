@@ -12,11 +12,12 @@ use kvm_ioctls::Kvm;
 use log::{LevelFilter, info};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::config::{ConsoleMode, VmConfig};
+use crate::cli::ControlOptions;
+use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
-use crate::machine::{Lifetime, Machine, MachineError};
+use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
 use crate::orders::{Completion, Order, Orders, Resize};
 use crate::running::Running;
 use crate::status::{MachineView, Status, VmState};
@@ -40,6 +41,8 @@ pub struct Lifecycle {
     events: Events,
     /// Whether the VMM stays when the guest has switched itself off.
     stays: bool,
+    /// Whether devices can come and go.
+    hotplug: bool,
     vm: Option<Vm>,
 }
 
@@ -58,9 +61,18 @@ impl Lifecycle {
         orders: Arc<Orders>,
         status: Arc<Status>,
         events: Events,
-        stays: bool,
+        options: &ControlOptions,
     ) -> Self {
-        Self { kvm: Arc::new(kvm), signals: Arc::new(signals), orders, status, events, stays, vm: None }
+        Self {
+            kvm: Arc::new(kvm),
+            signals: Arc::new(signals),
+            orders,
+            status,
+            events,
+            stays: options.no_shutdown,
+            hotplug: options.api_socket.is_some(),
+            vm: None,
+        }
     }
 
     /// Creates and boots a VM: what the command line asks for.
@@ -103,10 +115,14 @@ impl Lifecycle {
                     None => Outcome::Orders,
                 },
             };
-            if let Outcome::Stop(reason) = outcome
-                && self.stopped(reason)? == Flow::End
-            {
-                return Ok(());
+            match outcome {
+                Outcome::Stop(reason) => {
+                    if self.stopped(reason)? == Flow::End {
+                        return Ok(());
+                    }
+                }
+                Outcome::Orders => {}
+                Outcome::Releases => self.devices_released(),
             }
         }
     }
@@ -217,6 +233,7 @@ impl Lifecycle {
             console,
             battery: Battery::default(),
             latched: Vec::new(),
+            hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
         let vm = self.vm()?;
@@ -329,34 +346,78 @@ impl Lifecycle {
         Ok(())
     }
 
-    fn add_device(&mut self, device: crate::config::DeviceConfig) -> Result<Completion, VmError> {
+    fn add_device(&mut self, device: DeviceConfig) -> Result<Completion, VmError> {
         let vm = self.vm()?;
-        if vm.machine.is_some() {
-            return Err(VmError::NotYet { what: "adding a device to a machine that runs" });
-        }
         let mut config = vm.config.clone();
         config.devices.get_or_insert_default().push(device);
         config.validate_device_list()?;
+        let Some((running, _)) = &mut vm.machine else {
+            vm.config = config.clone();
+            self.status.set_config(Some(&config));
+            return Ok(Completion::Plain);
+        };
+        config.name_devices();
+        let added = config.devices.iter().flatten().next_back().cloned();
+        let assignments = check_some_devices(&config, added.into_iter().collect())?;
+        let assignment = assignments.first().ok_or(VmError::NotRunning)?;
+        let moved = running.add_device(assignment)?;
+        // After a reboot of the guest it is where it is now.
+        if let Some(device) = config.devices.iter_mut().flatten().next_back() {
+            device.pci_device_id = Some(moved.place);
+            device.root_port = Some(moved.below_port);
+        }
+        let view = MachineView::new(running.machine());
         vm.config = config.clone();
         self.status.set_config(Some(&config));
-        Ok(Completion::Plain)
+        self.status.set_devices(view);
+        Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
     }
 
     fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        let unknown = || VmError::UnknownDevice { id: id.to_owned() };
         let vm = self.vm()?;
-        let mut config = vm.config.clone();
-        let devices = config.devices.get_or_insert_default();
-        let before = devices.len();
-        devices.retain(|device| device.id.as_deref() != Some(id));
-        if devices.len() == before {
-            return Err(VmError::UnknownDevice { id: id.to_owned() });
+        if let Some((running, _)) = &mut vm.machine {
+            let result = running.assigned_mut().request_removal(id).ok_or_else(unknown)?;
+            return result.map_err(|e| MachineError::from(e).into());
         }
-        if vm.machine.is_some() {
-            return Err(VmError::NotYet { what: "removing a device from a machine that runs" });
+        let mut config = vm.config.clone();
+        if !config.remove_device(id) {
+            return Err(unknown());
         }
         vm.config = config.clone();
         self.status.set_config(Some(&config));
         Ok(())
+    }
+
+    /// The guest has let go of devices.
+    fn devices_released(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        let Some((running, _)) = &mut vm.machine else { return };
+        let (released, refused) = running.take_releases();
+        if let Some((place, status)) = refused {
+            running.assigned_mut().refused(place, status);
+        }
+        for place in released {
+            let mut gone = None;
+            let events = self.events.clone();
+            let status = Arc::clone(&self.status);
+            running.assigned_mut().released(
+                place,
+                |moved| {
+                    // Whoever looks at the power of a device keeps it open, so it goes from sight first.
+                    status.forget_device(&moved.id);
+                    gone = Some(moved.id.clone());
+                },
+                move |moved| {
+                    let properties = [("id", moved.id), ("bdf", moved.bdf.to_string())];
+                    events.tell_with("vm", "device-removed", properties.into());
+                },
+            );
+            if let Some(id) = gone {
+                vm.config.remove_device(&id);
+                self.status.set_config(Some(&vm.config));
+            }
+        }
     }
 
     fn change_policy(&mut self, id: String, change: &vfio_pm::PolicyChange) -> Result<Completion, VmError> {

@@ -12,6 +12,7 @@ mod doctor;
 mod event_loop;
 mod events;
 mod firmware;
+mod hotplug;
 mod hypervisor;
 mod irq;
 mod lifecycle;
@@ -20,6 +21,8 @@ mod machine;
 mod memory;
 mod memslot;
 mod orders;
+mod places;
+mod power_events;
 mod remedy;
 mod running;
 mod sockets;
@@ -120,7 +123,7 @@ fn run_vmm(
     let status = Arc::new(Status::default());
     let api = Arc::new(Api { status: Arc::clone(&status), orders: Arc::clone(&orders), start });
     let _sockets = listen(options, &api)?;
-    let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options.no_shutdown);
+    let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options);
     if let Some(config) = config {
         lifecycle.create_and_boot(*config)?;
     }

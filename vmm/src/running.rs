@@ -6,7 +6,10 @@ use kvm_bindings::kvm_clock_data;
 use log::{debug, info, warn};
 use vfio_pm::{ControlError, Policy, PolicyChange};
 
+use crate::assigned::Assignment;
 use crate::event_loop::Outcome;
+use crate::hotplug::{AssignedDevices, Moved};
+use crate::hypervisor;
 use crate::machine::{Lifetime, Machine, MachineError};
 use crate::vcpu::Vcpus;
 
@@ -34,7 +37,7 @@ impl Running {
 
     /// Takes the vCPUs out of the guest, stops its clock, and keeps wakes of devices for later. Devices keep their power state.
     pub fn pause(&mut self) {
-        self.machine.slots.iter().for_each(|slot| slot.domain.pause());
+        self.machine.assigned.slots().for_each(|slot| slot.domain.pause());
         if let Some(vcpus) = &self.vcpus {
             vcpus.pause();
         }
@@ -59,7 +62,7 @@ impl Running {
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
-        self.machine.slots.iter().for_each(|slot| slot.domain.resume());
+        self.machine.assigned.slots().for_each(|slot| slot.domain.resume());
     }
 
     /// Asks the guest to switch itself off.
@@ -76,10 +79,34 @@ impl Running {
 
     /// Changes how the power of the function with this name is handled; `None` if there is none.
     pub fn change_policy(&self, id: &str, change: &PolicyChange) -> Option<Result<Policy, ControlError>> {
-        self.machine.slots.iter().find_map(|slot| {
+        self.machine.assigned.slots().find_map(|slot| {
             let place = slot.functions.iter().find(|place| place.id == id)?;
             Some(slot.domain.change_policy(place.host, change))
         })
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Adds an assigned device.
+    ///
+    /// # Errors
+    /// See [`AssignedDevices::add`](crate::hotplug::AssignedDevices::add).
+    pub fn add_device(&mut self, assignment: &Assignment) -> Result<Moved, MachineError> {
+        let Machine { assigned, ram, vm, .. } = &mut self.machine;
+        assigned.add(assignment, ram.memory(), || Ok(hypervisor::create_vfio_device(vm)?))
+    }
+
+    /// The assigned devices.
+    pub fn assigned_mut(&mut self) -> &mut AssignedDevices {
+        &mut self.machine.assigned
+    }
+
+    /// What the guest has said since the last look of devices that it is to let go of: places, and one with why not.
+    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
+        self.machine.context.control.take_releases()
     }
 
     /// Takes the machine apart, and keeps in `lifetime` what the next one is to have of it.
@@ -89,12 +116,11 @@ impl Running {
         }
         lifetime.battery = Rtc::battery(&self.machine.rtc);
         lifetime.latched.clear();
-        for slot in &self.machine.slots {
+        for slot in self.machine.assigned.slots() {
             slot.domain.shutdown();
             lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
         }
-        let Machine { slots, ram, .. } = &self.machine;
-        debug!("the machine is taken apart: {} slots, RAM {ram:?}", slots.len());
+        debug!("the machine is taken apart: RAM {:?}", self.machine.ram);
     }
 }
 

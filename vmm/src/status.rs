@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pci::Bdf;
 use pci::bar::BarKind;
+use pci::{Bdf, DevFn};
 use serde::Serialize;
 use vfio_pm::{ControlError, PowerDomain, Snapshot};
 
@@ -47,8 +47,8 @@ pub struct DeviceView {
     pub host: Bdf,
     /// Address in the guest when it started.
     pub guest: Bdf,
-    /// The root port above it, on bus 0 of the guest.
-    pub port: Bdf,
+    /// The root port above it, on bus 0 of the guest; `None` if it is on bus 0 itself.
+    pub port: Option<Bdf>,
     /// Its BARs.
     pub bars: Vec<BarPlace>,
     domain: Arc<PowerDomain>,
@@ -73,18 +73,19 @@ impl MachineView {
     /// Of a machine that is ready to run.
     pub fn new(machine: &Machine) -> Self {
         let mut devices = Vec::new();
-        for slot in &machine.slots {
-            let port = slot.port.devfn();
-            let bus =
-                machine.plan.ports.iter().find(|place| place.devfn == port).map_or(0, |place| place.bus);
-            for place in &slot.functions {
-                let guest = Bdf { segment: 0, bus, devfn: place.function.devfn() };
+        for place in machine.assigned.places() {
+            let first = place.guest_address();
+            for function in place.slot.iter().flat_map(|slot| &slot.functions) {
+                let number = function.function.devfn().function();
+                let devfn = DevFn::new(first.devfn.device(), number).unwrap_or(first.devfn);
+                let guest = Bdf { devfn, ..first };
                 let bars = machine.plan.bars.iter().filter(|bar| bar.function == guest);
+                let Some(domain) = place.slot.as_ref().map(|slot| Arc::clone(&slot.domain)) else { continue };
                 devices.push(DeviceView {
-                    id: place.id.clone(),
-                    host: place.host,
+                    id: function.id.clone(),
+                    host: function.host,
                     guest,
-                    port: Bdf { segment: 0, bus: 0, devfn: port },
+                    port: place.seat.port().map(|port| Bdf { segment: 0, bus: 0, devfn: port.devfn() }),
                     bars: bars
                         .map(|bar| BarPlace {
                             index: bar.bar,
@@ -93,7 +94,7 @@ impl MachineView {
                             kind: bar.kind,
                         })
                         .collect(),
-                    domain: Arc::clone(&slot.domain),
+                    domain,
                 });
             }
         }
@@ -136,6 +137,20 @@ impl Status {
     /// There is a machine now, or none any more.
     pub fn set_machine(&self, machine: Option<MachineView>) {
         self.present().machine = machine.map(|view| (VmState::Running, view));
+    }
+
+    /// The machine that there is has other devices now.
+    pub fn set_devices(&self, machine: MachineView) {
+        if let Some((_, present)) = &mut self.present().machine {
+            *present = machine;
+        }
+    }
+
+    /// A device is about to be closed.
+    pub fn forget_device(&self, id: &str) {
+        if let Some((_, machine)) = &mut self.present().machine {
+            machine.devices.retain(|device| device.id != id);
+        }
     }
 
     /// The machine that there is has been paused or goes on.

@@ -44,34 +44,33 @@ pub fn info(api: &Api) -> Result<Value, VmError> {
 fn device_tree(machine: &MachineView) -> Value {
     let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
     for device in &machine.devices {
-        let port = format!("__root_port{}", device.port.devfn.device());
-        let node = nodes.entry(port.clone()).or_insert_with(|| {
-            json!({
-                "id": port,
-                "resources": [],
-                "parent": null,
-                "children": [],
-                "pci_bdf": device.port.to_string(),
-            })
-        });
-        if let Some(children) = node["children"].as_array_mut() {
-            children.push(json!(device.id));
+        let port = device.port.map(|port| (format!("__root_port{}", port.devfn.device()), port));
+        if let Some((name, bdf)) = &port {
+            let node = nodes.entry(name.clone()).or_insert_with(
+                || json!({ "id": name, "resources": [], "children": [], "pci_bdf": bdf.to_string() }),
+            );
+            if let Some(children) = node["children"].as_array_mut() {
+                children.push(json!(device.id));
+            }
         }
-        nodes.insert(device.id.clone(), function_node(device, &port));
+        nodes.insert(device.id.clone(), function_node(device, port.map(|(name, _)| name)));
     }
     json!(nodes)
 }
 
-fn function_node(device: &DeviceView, port: &str) -> Value {
+fn function_node(device: &DeviceView, port: Option<String>) -> Value {
     let resources: Vec<Value> = device.bars.iter().map(bar_resource).collect();
-    json!({
+    let mut node = json!({
         "id": device.id,
         "resources": resources,
-        "parent": port,
         "children": [],
         "pci_bdf": device.guest.to_string(),
         "power": device.power().map(|power| json!({ "state": power.state, "since_ms": power.state_ms })),
-    })
+    });
+    if let (Some(port), Some(fields)) = (port, node.as_object_mut()) {
+        fields.insert("parent".to_owned(), json!(port));
+    }
+    node
 }
 
 fn bar_resource(bar: &BarPlace) -> Value {

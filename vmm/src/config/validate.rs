@@ -129,6 +129,12 @@ pub enum ConfigError {
         /// The number.
         number: u8,
     },
+    /// More root ports than there can be.
+    #[error("--platform hotplug_ports={ports} is not possible; bus 0 has room for 31 root ports")]
+    HotplugPorts {
+        /// How many.
+        ports: u8,
+    },
     /// A BAR that no function has.
     #[error("--device x_exclude_mmap_bars: a function has no BAR {bar}; use 0 to 5")]
     Bar {
@@ -177,6 +183,14 @@ impl VmConfig {
     /// The first thing that is wrong.
     pub fn validate_device_list(&self) -> Result<(), ConfigError> {
         validate_devices(self.devices.as_deref().unwrap_or_default())
+    }
+
+    /// Takes an assigned device out; whether there was one of that name.
+    pub fn remove_device(&mut self, id: &str) -> bool {
+        let Some(devices) = &mut self.devices else { return false };
+        let before = devices.len();
+        devices.retain(|device| device.id.as_deref() != Some(id));
+        devices.len() < before
     }
 
     /// Gives every assigned device that has no name one of Cloud Hypervisor's form.
@@ -283,6 +297,9 @@ impl PlatformConfig {
         refuse(self.iommufd_fd.is_some(), "--platform iommufd_fd")?;
         refuse(self.tdx, "--platform tdx=on")?;
         refuse(self.sev_snp, "--platform sev_snp=on")?;
+        if self.hotplug_ports > 31 {
+            return Err(ConfigError::HotplugPorts { ports: self.hotplug_ports });
+        }
         if let Some(kind) = self.chassis_type.filter(|kind| !(1..=36).contains(kind)) {
             return Err(ConfigError::ChassisType { kind });
         }
