@@ -16,6 +16,7 @@ use crate::config::{
     ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, OptionError, PayloadConfig, PlatformConfig,
     VmConfig,
 };
+use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
 
 #[cfg(test)]
@@ -129,7 +130,9 @@ enum Seccomp {
     Errno,
 }
 
+// Deferred: a machine that starts does not pay for the options of commands that are not given.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Give a host device, with its whole IOMMU group, to vfio-pci, so that a guest can have it.
     Bind {
@@ -158,6 +161,8 @@ enum Command {
         #[arg(long, requires = "bdf")]
         verify: bool,
     },
+    /// Tell a running VMM what to do, over its API socket; the commands are those of ch-remote, and some for power.
+    Ctl(CtlArgs),
 }
 
 /// What the user asked for.
@@ -176,6 +181,8 @@ pub enum Action {
     Unbind(Bdf),
     /// Examine a device, or all.
     Doctor(DoctorOptions),
+    /// Talk to a running VMM.
+    Ctl(Box<CtlArgs>),
     /// Run a machine. The configuration has not been validated.
     Run {
         /// The machine.
@@ -234,6 +241,7 @@ where
         Some(Command::Doctor { bdf, json, verify }) => {
             Ok(Action::Doctor(DoctorOptions { bdf, json, verify }))
         }
+        Some(Command::Ctl(args)) => Ok(Action::Ctl(Box::new(args))),
         None => cli.run.action(),
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-mod option_parser;
+pub mod option_parser;
 mod parse;
 #[cfg(test)]
 mod tests;

@@ -5,8 +5,10 @@
 
 mod assigned;
 mod cli;
+mod client;
 mod config;
 mod control;
+mod ctl;
 mod doctor;
 mod event_loop;
 mod firmware;
@@ -16,7 +18,9 @@ mod logger;
 mod machine;
 mod memory;
 mod memslot;
+mod output;
 mod remedy;
+mod table;
 mod vcpu;
 
 use std::error::Error;
@@ -58,6 +62,7 @@ fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
             logger::init(None, LevelFilter::Warn, start)?;
             return Ok(ExitCode::from(doctor::run(options)?));
         }
+        Action::Ctl(args) => ctl::run(&args)?,
         Action::Run { config, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
             logger::init(file, log.level, start)?;

@@ -1,0 +1,106 @@
+//! Changes of a policy as keys and values, and the power of devices as a table.
+
+use serde_json::Value;
+use vfio_pm::{Phase, PolicyChange};
+
+use crate::client::report::{DevicePower, VmPower};
+use crate::config::OptionError;
+use crate::config::option_parser::{Key, Options};
+use crate::table::{Cell, Tone, duration, table};
+
+use Key::Value as Pair;
+
+/// The power keys of `--device`.
+const KEYS: &[Key] = &[
+    Pair("power"),
+    Pair("wake"),
+    Pair("hold_off"),
+    Pair("toggle_rate"),
+    Pair("toggle_burst"),
+    Pair("wake_storm"),
+    Pair("on_timeout"),
+    Pair("on_lost"),
+];
+
+/// What is to be different.
+pub fn policy_change(text: &str) -> Result<PolicyChange, OptionError> {
+    let options = Options::parse("power-policy", text, KEYS)?;
+    Ok(PolicyChange {
+        power: options.get("power")?,
+        wake: options.get("wake")?,
+        hold_off: options.get("hold_off")?,
+        toggle_rate: options.get("toggle_rate")?,
+        toggle_burst: options.get("toggle_burst")?,
+        wake_storm: options.get("wake_storm")?,
+        on_timeout: options.get("on_timeout")?,
+        on_lost: options.get("on_lost")?,
+    })
+}
+
+/// A policy as it is written for `--device`, in the order of its keys there.
+pub fn policy_text(policy: &Value) -> String {
+    let key = |key: &Key| match key {
+        Pair(name) | Key::Word(name) => *name,
+    };
+    let pairs = KEYS.iter().filter_map(|name| match policy.get(key(name))? {
+        Value::String(text) => Some(format!("{}={text}", key(name))),
+        other => Some(format!("{}={other}", key(name))),
+    });
+    pairs.collect::<Vec<_>>().join(",")
+}
+
+/// The state in its colour.
+pub fn state(device: &DevicePower) -> Cell {
+    let tone = match device.phase() {
+        Some(Phase::Off) => Tone::Asleep,
+        Some(Phase::On) => Tone::Good,
+        Some(Phase::Lost | Phase::Resetting) => Tone::Bad,
+        Some(_) => Tone::Notice,
+        None => Tone::Plain,
+    };
+    Cell::new(&device.state, tone)
+}
+
+/// What the host says of its power.
+pub fn host_state(device: &DevicePower) -> Cell {
+    let Some(state) = device.host.power_state.as_deref() else { return Cell::or_dash(None) };
+    let asleep = state == "D3cold";
+    Cell::new(state, if asleep { Tone::Asleep } else { Tone::Plain })
+}
+
+/// What has gone wrong: a loss that lasts before everything that is over.
+pub fn trouble(device: &DevicePower) -> Cell {
+    let failures = device.failures().join(", ");
+    match &device.latched_by {
+        Some(by) => {
+            let text = format!("latched by {by}{}{failures}", if failures.is_empty() { "" } else { ": " });
+            Cell::new(text, Tone::Bad)
+        }
+        None if failures.is_empty() => Cell::or_dash(None),
+        None => Cell::new(failures, if device.is_lost() { Tone::Bad } else { Tone::Notice }),
+    }
+}
+
+/// All devices of a VM.
+pub fn devices(power: &VmPower) -> String {
+    if power.devices.is_empty() {
+        return format!("The VM ({}) has no assigned device.\n", power.state);
+    }
+    let head =
+        ["ID", "HOST", "GUEST", "STATE", "SINCE", "POWER", "LOW POWER", "ENTRIES", "WAKES", "FAILURES"];
+    let row = |device: &DevicePower| {
+        vec![
+            Cell::new(&device.id, Tone::Strong),
+            Cell::plain(&device.bdf),
+            Cell::or_dash(device.guest_bdf.as_deref()),
+            state(device),
+            Cell::plain(duration(device.state_ms)),
+            host_state(device),
+            Cell::or_dash(device.residency().map(|percent| format!("{percent:.1} %")).as_deref()),
+            Cell::count(device.count("entries")),
+            Cell::count(device.count("wakes")),
+            trouble(device),
+        ]
+    };
+    table(&head, power.devices.iter().map(row).collect(), 0)
+}
