@@ -18,6 +18,7 @@ use crate::config::{
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
+use crate::top::TopArgs;
 
 #[cfg(test)]
 mod tests;
@@ -161,8 +162,10 @@ enum Command {
         #[arg(long, requires = "bdf")]
         verify: bool,
     },
-    /// Tell a running VMM what to do, over its API socket; the commands are those of ch-remote, and some for power.
+    /// Tell a running VMM what to do, over its API socket.
     Ctl(CtlArgs),
+    /// Watch the assigned devices of all running VMs.
+    Top(TopArgs),
 }
 
 /// What the user asked for.
@@ -183,6 +186,8 @@ pub enum Action {
     Doctor(DoctorOptions),
     /// Talk to a running VMM.
     Ctl(Box<CtlArgs>),
+    /// Watch the devices of running VMs.
+    Top(TopArgs),
     /// Run a machine. The configuration has not been validated.
     Run {
         /// The machine.
@@ -242,6 +247,7 @@ where
             Ok(Action::Doctor(DoctorOptions { bdf, json, verify }))
         }
         Some(Command::Ctl(args)) => Ok(Action::Ctl(Box::new(args))),
+        Some(Command::Top(args)) => Ok(Action::Top(args)),
         None => cli.run.action(),
     }
 }

@@ -41,12 +41,18 @@ const CHUNK: usize = 16 << 10;
 pub struct Client {
     socket: PathBuf,
     timeout: Option<Duration>,
+    end: Option<Instant>,
 }
 
 impl Client {
     /// The VMM behind `socket`. A whole request may take `timeout`, and for ever without one.
     pub fn new(socket: impl Into<PathBuf>, timeout: Option<Duration>) -> Self {
-        Self { socket: socket.into(), timeout }
+        Self { socket: socket.into(), timeout, end: None }
+    }
+
+    /// The VMM behind `socket`. All requests together may take `timeout`, from now on.
+    pub fn for_all(socket: impl Into<PathBuf>, timeout: Duration) -> Self {
+        Self { socket: socket.into(), timeout: Some(timeout), end: Some(Instant::now() + timeout) }
     }
 
     /// The socket.
@@ -67,16 +73,25 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn send(&self, request: &Request, fds: &[OwnedFd]) -> Result<Reply, ClientError> {
-        let deadline = Deadline(self.timeout.map(|timeout| Instant::now() + timeout));
+        let deadline = Deadline(self.end.or_else(|| Some(Instant::now() + self.timeout?)));
         let failed = |error| ClientError::from_io(error, &self.socket, request, self.timeout);
         let mut stream = self.connect(deadline).map_err(failed)?;
-        // A server that refuses a request may answer before it has taken all of it: the answer says more than the broken pipe.
-        let sent = transmit(&stream, &request.bytes(), fds, deadline);
-        let reply = match (self.receive(&mut stream, request, deadline), sent) {
-            (Err(_), Err(error)) => return Err(failed(error)),
-            (reply, _) => reply?,
+        let reply = match transmit(&stream, &request.bytes(), fds, deadline) {
+            Ok(()) => self.receive(&mut stream, request, deadline)?,
+            // A server that refuses a request may answer before it has taken all of it: the answer says more than the broken pipe.
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+            {
+                self.receive(&mut stream, request, deadline).map_err(|_| failed(error))?
+            }
+            Err(error) => return Err(failed(error)),
         };
         if reply.is_success() { Ok(reply) } else { Err(ClientError::api(&self.socket, request, &reply)) }
+    }
+
+    /// The error for a reply to `call` that is no JSON, or other JSON than it should be.
+    pub fn not_understood(&self, call: &str, error: &serde_json::Error) -> ClientError {
+        ClientError::malformed(&self.socket, &Request::api_get(call), error.to_string())
     }
 
     fn connect(&self, deadline: Deadline) -> io::Result<UnixStream> {

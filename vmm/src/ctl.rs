@@ -33,7 +33,10 @@ pub enum CtlError {
     NoSocket,
     /// The VMM did not do it.
     #[error(transparent)]
-    Client(#[from] ClientError),
+    Client(ClientError),
+    /// It may yet do it.
+    #[error("{0}, or allow it more time with --timeout SECONDS")]
+    TimedOut(ClientError),
     /// A value whose grammar is not kept.
     #[error(transparent)]
     Option(#[from] OptionError),
@@ -77,6 +80,15 @@ pub enum CtlError {
     /// Nobody takes what is written.
     #[error(transparent)]
     Output(#[from] output::OutputError),
+}
+
+impl From<ClientError> for CtlError {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::TimedOut { .. } => Self::TimedOut(error),
+            error => Self::Client(error),
+        }
+    }
 }
 
 /// Carries out one command and prints what came of it.

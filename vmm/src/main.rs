@@ -21,6 +21,7 @@ mod memslot;
 mod output;
 mod remedy;
 mod table;
+mod top;
 mod vcpu;
 
 use std::error::Error;
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
 
 fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
     match cli::parse(std::env::args_os())? {
-        Action::Print(text) => print!("{text}"),
+        Action::Print(text) => output::print(&text)?,
         Action::Bind { bdf, force } => println!("{}", Binder::default().force(force).bind(bdf)?),
         Action::Unbind(bdf) => println!("{}", Binder::default().unbind(bdf)?),
         Action::Doctor(options) => {
@@ -63,6 +64,7 @@ fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
             return Ok(ExitCode::from(doctor::run(options)?));
         }
         Action::Ctl(args) => ctl::run(&args)?,
+        Action::Top(args) => top::run(&args)?,
         Action::Run { config, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
             logger::init(file, log.level, start)?;

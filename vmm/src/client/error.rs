@@ -39,7 +39,7 @@ pub enum ClientError {
     },
     /// No reply.
     #[error(
-        "{}: no reply to {call} within {} s; see the VMM's log, or allow it more time (ctl has --timeout)",
+        "{}: no reply to {call} within {} s: the VMM hangs or is busy; see its log",
         socket.display(), timeout.as_secs_f32()
     )]
     TimedOut {

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use acpi::notify_abi::ResourceIndex;
 use serde_json::{Value, json};
 use vfio_pm::{
-    Counters, FailureKind, Histogram, MemberReport, Phase, Policy, PolicyChange, Snapshot, WakeCause,
+    Counters, FailureKind, Histogram, MemberReport, Phase, Policy, PolicyChange, PowerChoice, Snapshot,
+    WakeCause,
 };
 
 /// One device of `vm.power`, as the VMM makes it of a snapshot.
@@ -23,7 +25,7 @@ pub fn member(bdf: &str, phase: Phase, age: Duration) -> MemberReport {
     MemberReport {
         bdf: bdf.parse().unwrap(),
         devfn: pci::DevFn::new(0, 0).unwrap(),
-        resource: None,
+        resource: Some(ResourceIndex(0)),
         phase,
         phase_age: age,
         latched_by: None,
@@ -53,7 +55,9 @@ pub fn power() -> Value {
     gpu.counters.entry_latency = histogram(&[400, 450]);
     gpu.counters.exit_latency = histogram(&[12_000, 13_000]);
     gpu.last_wake = Some((Duration::from_secs(125), WakeCause::Pme));
-    let nic = member("0000:02:00.0", Phase::On, Duration::from_millis(3_661_000));
+    let mut nic = member("0000:02:00.0", Phase::On, Duration::from_millis(3_661_000));
+    nic.policy.power = Some(PowerChoice::D3hot);
+    nic.resource = None;
     let mut drive = member("0000:03:00.0", Phase::Lost, Duration::from_secs(5));
     drive.latched_by = Some(drive.bdf);
     drive.counters.failures[FailureKind::NoAnswer as usize] = 2;

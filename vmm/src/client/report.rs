@@ -9,6 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use vfio_pm::{Histogram, Phase};
 
+use crate::table::{Cell, Tone};
+
 /// The devices of one VM.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct VmPower {
@@ -116,5 +118,37 @@ impl DevicePower {
     /// Whether the device has gone.
     pub fn is_lost(&self) -> bool {
         matches!(self.phase(), Some(Phase::Lost | Phase::Resetting))
+    }
+
+    /// Its state in its colour.
+    pub fn state_cell(&self) -> Cell {
+        let tone = match self.phase() {
+            Some(Phase::Off) => Tone::Asleep,
+            Some(Phase::On) => Tone::Good,
+            Some(Phase::Lost | Phase::Resetting) => Tone::Bad,
+            Some(_) => Tone::Notice,
+            None => Tone::Plain,
+        };
+        Cell::new(&self.state, tone)
+    }
+
+    /// What the host says of its power.
+    pub fn host_cell(&self) -> Cell {
+        let Some(state) = self.host.power_state.as_deref() else { return Cell::or_dash(None) };
+        Cell::new(state, if state == "D3cold" { Tone::Asleep } else { Tone::Plain })
+    }
+
+    /// What has gone wrong: a loss that lasts before everything that is over.
+    pub fn trouble_cell(&self) -> Cell {
+        let failures = self.failures().join(", ");
+        match &self.latched_by {
+            Some(by) => {
+                let text =
+                    format!("latched by {by}{}{failures}", if failures.is_empty() { "" } else { ": " });
+                Cell::new(text, Tone::Bad)
+            }
+            None if failures.is_empty() => Cell::or_dash(None),
+            None => Cell::new(failures, if self.is_lost() { Tone::Bad } else { Tone::Notice }),
+        }
     }
 }

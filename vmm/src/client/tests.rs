@@ -216,7 +216,25 @@ fn a_number_without_an_open_file_is_named_with_the_remedy() {
 fn more_descriptors_than_the_kernel_takes_are_refused() {
     let (_scratch, _peer, client) = answering(|| Answer::Bytes(reply(204, "")));
     let fds: Vec<OwnedFd> = (0..254).map(|_| own(0).unwrap()).collect();
-    let client = Client::new(client.socket(), Some(Duration::from_secs(1)));
     let error = client.send(&Request::api_put("vm.add-net", None), &fds).unwrap_err().to_string();
     assert!(error.contains("253 at most"), "{error}");
+}
+
+#[test]
+fn an_answer_before_the_whole_request_was_taken_is_heard() {
+    let scratch = Scratch::new();
+    let listener = UnixListener::bind(scratch.path("s")).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut some = [0; 10];
+        stream.read_exact(&mut some).unwrap();
+        stream.write_all(&reply(400, r#"["too long"]"#)).unwrap();
+        stream.shutdown(std::net::Shutdown::Read).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    });
+    let body = "x".repeat(8 << 20);
+    let client = Client::new(scratch.path("s"), PATIENCE);
+    let error = client.send(&Request::api_put("vm.create", Some(body)), &[]).unwrap_err().to_string();
+    assert!(error.contains("vm.create: too long"), "{error}");
+    server.join().unwrap();
 }

@@ -6,7 +6,9 @@ use clap::{Args, Subcommand};
 
 use crate::config::option_parser::{ByteSized, OptionValue};
 
-/// Which VMM, and what it is to do.
+/// Tell a running VMM what to do, over its API socket.
+///
+/// The commands are those of ch-remote, and five for the power of devices.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct CtlArgs {
     /// API socket of the VMM, as given to it by --api-socket.

@@ -1,7 +1,7 @@
 //! Changes of a policy as keys and values, and the power of devices as a table.
 
 use serde_json::Value;
-use vfio_pm::{Phase, PolicyChange};
+use vfio_pm::PolicyChange;
 
 use crate::client::report::{DevicePower, VmPower};
 use crate::config::OptionError;
@@ -49,38 +49,6 @@ pub fn policy_text(policy: &Value) -> String {
     pairs.collect::<Vec<_>>().join(",")
 }
 
-/// The state in its colour.
-pub fn state(device: &DevicePower) -> Cell {
-    let tone = match device.phase() {
-        Some(Phase::Off) => Tone::Asleep,
-        Some(Phase::On) => Tone::Good,
-        Some(Phase::Lost | Phase::Resetting) => Tone::Bad,
-        Some(_) => Tone::Notice,
-        None => Tone::Plain,
-    };
-    Cell::new(&device.state, tone)
-}
-
-/// What the host says of its power.
-pub fn host_state(device: &DevicePower) -> Cell {
-    let Some(state) = device.host.power_state.as_deref() else { return Cell::or_dash(None) };
-    let asleep = state == "D3cold";
-    Cell::new(state, if asleep { Tone::Asleep } else { Tone::Plain })
-}
-
-/// What has gone wrong: a loss that lasts before everything that is over.
-pub fn trouble(device: &DevicePower) -> Cell {
-    let failures = device.failures().join(", ");
-    match &device.latched_by {
-        Some(by) => {
-            let text = format!("latched by {by}{}{failures}", if failures.is_empty() { "" } else { ": " });
-            Cell::new(text, Tone::Bad)
-        }
-        None if failures.is_empty() => Cell::or_dash(None),
-        None => Cell::new(failures, if device.is_lost() { Tone::Bad } else { Tone::Notice }),
-    }
-}
-
 /// All devices of a VM.
 pub fn devices(power: &VmPower) -> String {
     if power.devices.is_empty() {
@@ -93,13 +61,13 @@ pub fn devices(power: &VmPower) -> String {
             Cell::new(&device.id, Tone::Strong),
             Cell::plain(&device.bdf),
             Cell::or_dash(device.guest_bdf.as_deref()),
-            state(device),
+            device.state_cell(),
             Cell::plain(duration(device.state_ms)),
-            host_state(device),
+            device.host_cell(),
             Cell::or_dash(device.residency().map(|percent| format!("{percent:.1} %")).as_deref()),
             Cell::count(device.count("entries")),
             Cell::count(device.count("wakes")),
-            trouble(device),
+            device.trouble_cell(),
         ]
     };
     table(&head, power.devices.iter().map(row).collect(), 0)

@@ -396,3 +396,17 @@ fn a_reply_that_makes_no_sense_says_how_to_see_it() {
     assert!(error.contains("vm.power is not understood") && error.contains("--json"), "{error}");
     assert_eq!(vmm.perform(&["power", "--json"], false).unwrap(), "[1]\n");
 }
+
+#[test]
+fn a_vmm_that_hangs_is_waited_for_as_long_as_was_said() {
+    let scratch = Scratch::new();
+    let peer = Peer::serve(&scratch.path("s"), |_, _| Answer::Silence);
+    let begin = std::time::Instant::now();
+    let words = ["--api-socket", peer.socket.to_str().unwrap(), "boot", "--timeout", "1"];
+    let error = perform(&args(&words), false).unwrap_err().to_string();
+    assert!(
+        error.contains("no reply to vm.boot within 1 s") && error.contains("--timeout SECONDS"),
+        "{error}"
+    );
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+}
