@@ -18,6 +18,7 @@ use crate::config::{
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
+use crate::manual;
 use crate::top::TopArgs;
 
 #[cfg(test)]
@@ -166,6 +167,17 @@ enum Command {
     Ctl(CtlArgs),
     /// Watch the assigned devices of all running VMs.
     Top(TopArgs),
+    /// Print a script that completes this command line in a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print this program's manual page, or write those of all commands to a directory.
+    Man {
+        /// The directory, such as /usr/local/share/man/man1.
+        #[arg(value_hint = clap::ValueHint::DirPath)]
+        directory: Option<PathBuf>,
+    },
 }
 
 /// What the user asked for.
@@ -188,6 +200,8 @@ pub enum Action {
     Ctl(Box<CtlArgs>),
     /// Watch the devices of running VMs.
     Top(TopArgs),
+    /// Write manual pages to this directory.
+    Man(PathBuf),
     /// Run a machine. The configuration has not been validated.
     Run {
         /// The machine.
@@ -207,7 +221,7 @@ pub struct LogOptions {
 }
 
 /// What is wrong with the command line: one line for standard error.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Error)]
 pub enum CliError {
     /// Unknown options, missing values, values of the wrong form.
     #[error("{0}; --help lists the options")]
@@ -218,6 +232,9 @@ pub enum CliError {
     /// An option of Cloud Hypervisor that is not there yet.
     #[error("--{0} is not in Dormouse yet; leave it out, or see docs/compatibility.md")]
     NotYet(String),
+    /// The manual page.
+    #[error(transparent)]
+    Manual(#[from] manual::ManualError),
 }
 
 /// Reads the command line, the program's name first.
@@ -248,8 +265,16 @@ where
         }
         Some(Command::Ctl(args)) => Ok(Action::Ctl(Box::new(args))),
         Some(Command::Top(args)) => Ok(Action::Top(args)),
+        Some(Command::Completions { shell }) => Ok(Action::Print(manual::completions(shell, shown()))),
+        Some(Command::Man { directory: Some(directory) }) => Ok(Action::Man(directory)),
+        Some(Command::Man { directory: None }) => Ok(Action::Print(manual::page(shown())?)),
         None => cli.run.action(),
     }
+}
+
+/// The command as users see it.
+pub fn shown() -> clap::Command {
+    Cli::command()
 }
 
 /// The command with the options that are only known to be refused.

@@ -16,6 +16,7 @@ mod hypervisor;
 mod irq;
 mod logger;
 mod machine;
+mod manual;
 mod memory;
 mod memslot;
 mod output;
@@ -65,6 +66,7 @@ fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
         }
         Action::Ctl(args) => ctl::run(&args)?,
         Action::Top(args) => top::run(&args)?,
+        Action::Man(directory) => manual::pages(cli::shown(), &directory)?,
         Action::Run { config, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
             logger::init(file, log.level, start)?;
