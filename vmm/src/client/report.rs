@@ -90,7 +90,7 @@ impl DevicePower {
     /// The part of its time that it was in low power, in per cent.
     pub fn residency(&self) -> Option<f64> {
         let all: u64 = self.time_in_ms.values().sum();
-        let low = self.time_in_ms.get(Phase::Off.name()).copied()?;
+        let low = self.time_in_ms.get(Phase::Off.name()).copied().unwrap_or_default();
         #[expect(clippy::cast_precision_loss, reason = "a percentage of milliseconds")]
         (all > 0).then(|| low as f64 * 100.0 / all as f64)
     }
@@ -100,9 +100,11 @@ impl DevicePower {
         self.counts.get(name).copied().unwrap_or_default()
     }
 
-    /// What has gone wrong so far, by kind: `no-answer`, `entry-refused 3x`.
-    pub fn failures(&self) -> Vec<String> {
-        let seen = self.failures.iter().filter(|(_, count)| **count > 0);
+    /// What has gone wrong so far, by kind: `no-answer`, `entry-refused 3x`. While it is kept from sleeping, also why.
+    pub fn troubles(&self) -> Vec<String> {
+        let held = self.phase() == Some(Phase::Held);
+        let denials = self.denials.iter().filter(|_| held);
+        let seen = self.failures.iter().chain(denials).filter(|(_, count)| **count > 0);
         seen.map(|(kind, count)| if *count == 1 { kind.clone() } else { format!("{kind} {count}x") })
             .collect()
     }
@@ -140,15 +142,64 @@ impl DevicePower {
 
     /// What has gone wrong: a loss that lasts before everything that is over.
     pub fn trouble_cell(&self) -> Cell {
-        let failures = self.failures().join(", ");
-        match &self.latched_by {
+        let troubles = self.troubles().join(", ");
+        let text = match &self.latched_by {
+            None if troubles.is_empty() => return Cell::or_dash(None),
+            None => troubles,
             Some(by) => {
-                let text =
-                    format!("latched by {by}{}{failures}", if failures.is_empty() { "" } else { ": " });
-                Cell::new(text, Tone::Bad)
+                let by = if *by == self.bdf { String::new() } else { format!(" by {by}") };
+                let colon = if troubles.is_empty() { "" } else { ": " };
+                format!("latched{by}{colon}{troubles}")
             }
-            None if failures.is_empty() => Cell::or_dash(None),
-            None => Cell::new(failures, if self.is_lost() { Tone::Bad } else { Tone::Notice }),
-        }
+        };
+        let bad = self.latched_by.is_some() || self.is_lost();
+        Cell::new(text, if bad { Tone::Bad } else { Tone::Notice })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::fixture;
+
+    fn device(number: usize) -> DevicePower {
+        serde_json::from_value::<VmPower>(fixture::power()).unwrap().devices.remove(number)
+    }
+
+    #[test]
+    fn all_that_a_vmm_says_of_a_device_is_read() {
+        let gpu = device(0);
+        assert_eq!(
+            (gpu.phase(), gpu.offered, gpu.count("entries"), gpu.count("wakes")),
+            (Some(Phase::Off), true, 7, 3)
+        );
+        assert_eq!((gpu.last_wake_ms, gpu.last_wake_cause.as_deref()), (Some(125_000), Some("pme")));
+        assert_eq!(gpu.exit_latency.percentile(50), Some(std::time::Duration::from_millis(13)));
+        assert_eq!(gpu.policy("hold_off").as_deref(), Some("200"));
+        assert!(gpu.residency().is_some_and(|percent| (percent - 90.0).abs() < 0.001));
+    }
+
+    #[test]
+    fn another_version_may_say_less_and_more_but_not_without_names() {
+        let text = r#"{"state": "Paused", "devices": [{"id": "a", "bdf": "b", "state": "dreaming", "colour": "blue"}]}"#;
+        let device = serde_json::from_str::<VmPower>(text).unwrap().devices.remove(0);
+        assert_eq!(
+            (device.phase(), device.residency(), device.trouble_cell().text.as_str()),
+            (None, None, "-")
+        );
+        assert!(serde_json::from_str::<VmPower>(r#"{"state": "Paused", "devices": [{"id": "a"}]}"#).is_err());
+    }
+
+    #[test]
+    fn trouble_is_what_went_wrong_and_why_a_device_is_kept_from_sleeping_now() {
+        let mut nic = device(1);
+        assert_eq!(nic.trouble_cell(), Cell::or_dash(None));
+        nic.denials.insert("budget".to_owned(), 2);
+        assert_eq!(nic.trouble_cell(), Cell::or_dash(None), "that is over");
+        nic.state = Phase::Held.name().to_owned();
+        assert_eq!(nic.trouble_cell(), Cell::new("budget 2x", Tone::Notice));
+        nic.latched_by = Some("0000:02:00.1".to_owned());
+        assert_eq!(nic.trouble_cell(), Cell::new("latched by 0000:02:00.1: budget 2x", Tone::Bad));
+        assert_eq!(device(2).trouble_cell(), Cell::new("latched: no-answer 2x", Tone::Bad));
     }
 }

@@ -35,9 +35,9 @@ enum Kind {
     Affinity,
     /// `[id@node]`
     Zones,
-    /// A descriptor; its place in JSON only says that there is one.
+    /// A descriptor; JSON has nothing of it.
     Descriptor,
-    /// `[a,b]`; JSON has nothing of it.
+    /// `[a,b]`, likewise.
     Descriptors,
     /// `[id@[fds]]`
     InterfaceDescriptors,
@@ -354,13 +354,10 @@ impl Schema {
                 let pairs = pairs.0.into_iter();
                 pairs.map(|(id, node)| json!({"id": id, "host_numa_node": node})).collect()
             }),
-            Descriptor => match options.get::<Fd>(key)? {
-                Some(fd) => {
-                    fds.push(own(fd.0)?);
-                    Some((-1).into())
-                }
-                None => None,
-            },
+            Descriptor => {
+                fds.extend(options.get::<Fd>(key)?.map(|fd| own(fd.0)).transpose()?);
+                None
+            }
             Descriptors => {
                 for fd in options.get::<Fds>(key)?.map(|fds| fds.0).unwrap_or_default() {
                     fds.push(own(fd.0)?);

@@ -260,6 +260,7 @@ fn descriptors_are_taken_out_of_the_json_and_sent_in_their_order() {
         (&body["net_fds"], &body["vfio_fds"]),
         (&json!([{"id": "n", "num_fds": 2}]), &json!([{"id": "v"}]))
     );
+    assert!(body.get("iommufd_fd").is_none(), "{body}");
     assert_eq!(contents(arrived), ["a", "b", "c", "d"]);
 }
 
@@ -326,7 +327,7 @@ fn the_power_of_all_devices_is_a_table() {
 ID      HOST          GUEST         STATE  SINCE       POWER   LOW POWER  ENTRIES  WAKES  FAILURES
 gpu0    0000:01:00.0  0000:01:00.0  off    1 min 30 s  D3cold  90.0 %     7        3      -
 _vfio1  0000:02:00.0  0000:02:00.0  on     1 h 1 min   D0      0.0 %      -        -      -
-nvme    0000:03:00.0  0000:03:00.0  lost   5.0 s       -       0.0 %      -        -      latched by 0000:03:00.0: no-answer 2x
+nvme    0000:03:00.0  0000:03:00.0  lost   5.0 s       -       0.0 %      -        -      latched: no-answer 2x
 ";
     assert_eq!(vmm.perform(&["power"], false).unwrap(), expected);
     let none = Vmm::new(&[("GET /api/v1/vm.power", 200, json!({"state": "Created"}))]);

@@ -66,9 +66,16 @@ impl Vmm {
         let answer = match result {
             Ok(answer) => Ok(answer),
             Err(gone @ (ClientError::Refused(_) | ClientError::NoSocket(_))) => return Err(gone),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(self.reason(&error)),
         };
         Ok(self.vm(answer))
+    }
+
+    /// An error without the socket, which is said beside it.
+    fn reason(&self, error: &ClientError) -> String {
+        let text = error.to_string();
+        let socket = format!("{}: ", self.socket.display());
+        text.strip_prefix(&socket).unwrap_or(&text).to_owned()
     }
 
     fn vm(&self, answer: Result<Answer, String>) -> Vm {
@@ -148,7 +155,7 @@ fn look_at_all(vmms: Vec<Vmm>, source: &Source, board: &mut Board) -> Vec<Vmm> {
         match seen {
             Ok(vm) => board.update(vm),
             Err(_) if source.forgets() => board.remove(&vmm.socket),
-            Err(error) => board.update(vmm.vm(Err(error.to_string()))),
+            Err(error) => board.update(vmm.vm(Err(vmm.reason(&error)))),
         }
         looked_at.push(vmm);
     }
@@ -197,7 +204,7 @@ fn follow(mut vmm: Vmm, forgets: bool, interval: Duration, sender: &Sender<News>
         let news = match vmm.look() {
             Ok(vm) => News::Vm(Box::new(vm)),
             Err(_) if forgets => return drop(sender.send(News::Gone(vmm.socket))),
-            Err(error) => News::Vm(Box::new(vmm.vm(Err(error.to_string())))),
+            Err(error) => News::Vm(Box::new(vmm.vm(Err(vmm.reason(&error))))),
         };
         if sender.send(news).is_err() {
             return;

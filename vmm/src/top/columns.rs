@@ -153,7 +153,7 @@ fn width(content: &[Cell]) -> usize {
 }
 
 fn has_trouble(device: &DevicePower) -> bool {
-    device.latched_by.is_some() || !device.failures().is_empty()
+    device.latched_by.is_some() || !device.troubles().is_empty()
 }
 
 fn content(
@@ -237,5 +237,6 @@ fn policy(device: &DevicePower) -> Cell {
         let value = device.policy(key)?;
         Some(if *key == "hold_off" { format!("{value} ms") } else { value })
     });
-    Cell::plain(text.collect::<Vec<_>>().join(" "))
+    let text = text.collect::<Vec<_>>().join(" ");
+    Cell::or_dash((!text.is_empty()).then_some(&text))
 }

@@ -74,7 +74,7 @@ fn one_look_is_a_table_of_all_devices_of_all_vms() {
   DEVICE  HOST          STATE  SINCE       POWER   LOW POWER  LAST WAKE           DOWN / UP       POLICY               TROUBLE
   gpu0    0000:01:00.0  off    1 min 30 s  D3cold  90.0 %     pme, 2 min 5 s ago  450 us / 13 ms  auto notify 200 ms   -
   _vfio1  0000:02:00.0  on     1 h 1 min   D0      0.0 %      -                   -               d3hot notify 200 ms  -
-  nvme    0000:03:00.0  lost   5.0 s       -       0.0 %      -                   -               auto notify 50 ms    latched by 0000:03:00.0: no-answer 2x
+  nvme    0000:03:00.0  lost   5.0 s       -       0.0 %      -                   -               auto notify 50 ms    latched: no-answer 2x
 ";
     let head = |pid: u32| format!("VM {pid}  Running  9a6f3c1e-8d0b-4a56-b1d7-2f0c5a8e7b64  3 devices");
     assert_eq!(text(&board, &source), format!("{}{devices}\n{}{devices}", head(77), head(1234)));
@@ -94,7 +94,7 @@ fn a_vmm_that_hangs_and_one_that_has_gone_keep_nobody_waiting() {
     assert_eq!((board.vms().len(), board.failed()), (3, 2));
     let text = text(&board, &source);
     assert!(text.contains("VM 1  Running") && text.contains("gpu0"), "{text}");
-    assert!(text.contains("VM 2  ") && text.contains("no reply to vmm.ping within 0.9 s"), "{text}");
+    assert!(text.contains("VM 2  no reply to vmm.ping within 0.9 s"), "{text}");
     assert!(!text.contains("VM 4"), "{text}");
 }
 
@@ -105,7 +105,7 @@ fn a_socket_that_was_named_is_shown_whatever_becomes_of_it() {
     let source = Source::Named(vec![scratch.path("missing"), scratch.path("api")]);
     let board = collect::once(&source, no_sensors(&scratch)).unwrap();
     let text = text(&board, &source);
-    assert!(text.contains("missing: there is no such socket") && text.contains("VM 5  Running"), "{text}");
+    assert!(text.contains("missing  there is no such socket") && text.contains("VM 5  Running"), "{text}");
     assert_eq!(board.failed(), 1);
 }
 
@@ -202,7 +202,7 @@ fn a_wide_screen_has_bars_and_history() {
         shown[3]
     );
     assert!(shown[4].contains("█████████·  90.0 %") && shown[4].contains("▁█▁"), "{}", shown[4]);
-    assert!(shown[6].contains("xxx") && shown[6].contains("latched by 0000:03:00.0"), "{}", shown[6]);
+    assert!(shown[6].contains("xxx") && shown[6].contains("latched: no-answer 2x"), "{}", shown[6]);
     assert_eq!(shown[7], "q quit");
 }
 
@@ -221,8 +221,8 @@ fn a_narrow_screen_keeps_the_device_its_state_and_its_trouble() {
     let mut board = Board::default();
     board.update(vm(77, fixture::power()));
     let shown = lines(&screen(&board, 80, 8, &mut Scroll::default()));
-    assert!(shown[3].starts_with("DEVICE  STATE  POWER"), "{}", shown[3]);
-    assert!(shown[6].contains("latched by 0000:03:00.0"), "{}", shown[6]);
+    assert!(shown[3].starts_with("DEVICE  HOST          STATE  POWER"), "{}", shown[3]);
+    assert!(shown[6].contains("latched: no-answer 2x"), "{}", shown[6]);
     let shown = lines(&screen(&board, 24, 8, &mut Scroll::default()));
     assert_eq!(shown[3], "DEVICE  STATE  POWER");
     assert_eq!(shown[4], "gpu0    off    D3cold");
