@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use acpi::notify_abi::ResourceIndex;
 use pci::{Bdf, DevFn};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::policy::PolicyChange;
 use crate::state::Phase;
@@ -16,7 +16,7 @@ pub const BUCKETS: usize = 28;
 
 /// Latencies by powers of two: bucket *i* counts times below 2^*i* microseconds that are in none before it, the last one
 /// everything longer (from 67 s on).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Histogram {
     /// How many there were.
     pub count: u64,

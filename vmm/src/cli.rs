@@ -16,7 +16,10 @@ use crate::config::{
     ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
     PlatformConfig, VmConfig,
 };
+use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
+use crate::manual;
+use crate::top::TopArgs;
 
 #[cfg(test)]
 mod tests;
@@ -138,7 +141,9 @@ enum Seccomp {
     Errno,
 }
 
+// Deferred: a machine that starts does not pay for the options of commands that are not given.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Give a host device, with its whole IOMMU group, to vfio-pci, so that a guest can have it.
     Bind {
@@ -167,6 +172,21 @@ enum Command {
         #[arg(long, requires = "bdf")]
         verify: bool,
     },
+    /// Tell a running VMM what to do, over its API socket.
+    Ctl(CtlArgs),
+    /// Watch the assigned devices of all running VMs.
+    Top(TopArgs),
+    /// Print a script that completes this command line in a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print this program's manual page, or write those of all commands to a directory.
+    Man {
+        /// The directory, such as /usr/local/share/man/man1.
+        #[arg(value_hint = clap::ValueHint::DirPath)]
+        directory: Option<PathBuf>,
+    },
 }
 
 /// What the user asked for.
@@ -185,6 +205,12 @@ pub enum Action {
     Unbind(Bdf),
     /// Examine a device, or all.
     Doctor(DoctorOptions),
+    /// Talk to a running VMM.
+    Ctl(Box<CtlArgs>),
+    /// Watch the devices of running VMs.
+    Top(TopArgs),
+    /// Write manual pages to this directory.
+    Man(PathBuf),
     /// Run a VMM. The configuration has not been validated.
     Run {
         /// The machine to start with, if any.
@@ -219,7 +245,7 @@ pub struct LogOptions {
 }
 
 /// What is wrong with the command line: one line for standard error.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Error)]
 pub enum CliError {
     /// Unknown options, missing values, values of the wrong form.
     #[error("{0}; --help lists the options")]
@@ -230,6 +256,9 @@ pub enum CliError {
     /// An option of Cloud Hypervisor that is not there yet.
     #[error("--{0} is not in Dormouse yet; leave it out, or see docs/compatibility.md")]
     NotYet(String),
+    /// The manual page.
+    #[error(transparent)]
+    Manual(#[from] manual::ManualError),
 }
 
 /// Reads the command line, the program's name first.
@@ -258,8 +287,18 @@ where
         Some(Command::Doctor { bdf, json, verify }) => {
             Ok(Action::Doctor(DoctorOptions { bdf, json, verify }))
         }
+        Some(Command::Ctl(args)) => Ok(Action::Ctl(Box::new(args))),
+        Some(Command::Top(args)) => Ok(Action::Top(args)),
+        Some(Command::Completions { shell }) => Ok(Action::Print(manual::completions(shell, shown()))),
+        Some(Command::Man { directory: Some(directory) }) => Ok(Action::Man(directory)),
+        Some(Command::Man { directory: None }) => Ok(Action::Print(manual::page(shown())?)),
         None => cli.run.action(),
     }
+}
+
+/// The command as users see it.
+pub fn shown() -> clap::Command {
+    Cli::command()
 }
 
 /// The command with the options that are only known to be refused.

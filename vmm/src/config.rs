@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod endpoint;
-mod option_parser;
+pub mod option_parser;
 mod parse;
 #[cfg(test)]
 mod tests;

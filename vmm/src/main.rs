@@ -6,8 +6,10 @@
 mod api;
 mod assigned;
 mod cli;
+mod client;
 mod config;
 mod control;
+mod ctl;
 mod doctor;
 mod event_loop;
 mod events;
@@ -18,15 +20,19 @@ mod irq;
 mod lifecycle;
 mod logger;
 mod machine;
+mod manual;
 mod memory;
 mod memslot;
 mod orders;
+mod output;
 mod places;
 mod power_events;
 mod remedy;
 mod running;
 mod sockets;
 mod status;
+mod table;
+mod top;
 mod vcpu;
 mod vm_error;
 
@@ -66,13 +72,16 @@ fn main() -> ExitCode {
 
 fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
     match cli::parse(std::env::args_os())? {
-        Action::Print(text) => print!("{text}"),
+        Action::Print(text) => output::print(&text)?,
         Action::Bind { bdf, force } => println!("{}", Binder::default().force(force).bind(bdf)?),
         Action::Unbind(bdf) => println!("{}", Binder::default().unbind(bdf)?),
         Action::Doctor(options) => {
             logger::init(None, LevelFilter::Warn, start)?;
             return Ok(ExitCode::from(doctor::run(options)?));
         }
+        Action::Ctl(args) => ctl::run(&args)?,
+        Action::Top(args) => top::run(&args)?,
+        Action::Man(directory) => manual::pages(cli::shown(), &directory)?,
         Action::Run { config, options, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
             logger::init(file, log.level, start)?;

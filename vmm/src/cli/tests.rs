@@ -147,3 +147,28 @@ fn the_doctor_takes_a_device_or_none_and_tries_only_a_named_one() {
     assert_eq!(options("doctor --verify 01:00.0"), DoctorOptions { bdf, json: false, verify: true });
     assert!(error("doctor --verify").contains("BDF"));
 }
+
+#[test]
+fn commands_for_running_machines_are_read_and_their_mistakes_are_one_line() {
+    let Ok(Action::Ctl(args)) = parse_words("ctl --api-socket /s add-device path=/d") else { panic!() };
+    assert_eq!(args.socket(), Some("/s".into()));
+    let Ok(Action::Top(args)) = parse_words("top --once --json --socket /a /b --interval 2") else {
+        panic!()
+    };
+    assert_eq!((args.socket.len(), args.json, args.interval.as_secs()), (2, true, 2));
+    assert!(matches!(parse_words("man /m"), Ok(Action::Man(directory)) if directory == "/m"));
+    for line in ["completions bash", "man", "ctl --help", "top --help"] {
+        assert!(matches!(parse_words(line), Ok(Action::Print(text)) if text.contains("dormouse")), "{line}");
+    }
+    for (line, expected) in [
+        ("ctl --api-socket /s", "subcommand"),
+        ("ctl --api-socket /s explode", "explode"),
+        ("ctl --api-socket /s resize --memory many", "a number of bytes"),
+        ("top --json", "--once"),
+        ("top --once --interval 0", "0.1 to 3600"),
+        ("completions csh", "csh"),
+    ] {
+        let message = error(line);
+        assert!(message.contains(expected) && !message.contains('\n'), "{line}: {message}");
+    }
+}

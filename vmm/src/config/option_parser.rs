@@ -110,7 +110,7 @@ pub struct Options {
 
 impl Options {
     /// Takes `text`, the value of `option`, apart. Empty items are skipped.
-    pub fn parse(option: &'static str, text: &str, keys: &'static [Key]) -> Result<Self, OptionError> {
+    pub fn parse(option: &'static str, text: &str, keys: &[Key]) -> Result<Self, OptionError> {
         let items =
             split(text, ',').ok_or_else(|| OptionError::Unbalanced { option, text: text.to_owned() })?;
         let mut values: Vec<(&'static str, String)> = Vec::new();
