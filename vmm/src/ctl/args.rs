@@ -12,7 +12,7 @@ use crate::config::option_parser::{ByteSized, OptionValue};
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct CtlArgs {
     /// API socket of the VMM, as given to it by --api-socket.
-    #[arg(long, value_name = "PATH", global = true, value_hint = clap::ValueHint::FilePath)]
+    #[arg(id = "socket", long = "api-socket", value_name = "PATH", global = true, value_hint = clap::ValueHint::FilePath)]
     pub api_socket: Option<PathBuf>,
     /// Print the VMM's JSON as it is.
     #[arg(long, global = true)]
