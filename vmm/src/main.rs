@@ -56,6 +56,7 @@ use crate::orders::Orders;
 use crate::remedy::remedy;
 use crate::sockets::{Listener, open_output};
 use crate::status::Status;
+use crate::vm_error::VmError;
 
 fn main() -> ExitCode {
     let start = Instant::now();
@@ -134,9 +135,9 @@ fn run_vmm(
     let _sockets = listen(options, &api)?;
     let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options);
     if let Some(config) = config {
-        lifecycle.create_and_boot(*config)?;
+        lifecycle.create_and_boot(*config).map_err(VmError::into_cause)?;
     }
-    Ok(lifecycle.run()?)
+    lifecycle.run().map_err(VmError::into_cause)
 }
 
 /// Opens the sockets that the options name, and the one that shows this VMM to those who look for VMMs. They go with what is returned.

@@ -73,6 +73,15 @@ impl VmError {
         }
     }
 
+    /// What is left for somebody who ordered nothing but a machine on the command line: the cause alone.
+    pub fn into_cause(self) -> Box<dyn std::error::Error> {
+        match self {
+            Self::Config(cause) => cause.into(),
+            Self::Machine(cause) => cause.into(),
+            other => other.into(),
+        }
+    }
+
     /// The messages of the error and its causes, outermost first. What an error says of its cause itself is said once.
     pub fn chain(&self) -> Vec<String> {
         let mut messages = vec![self.to_string()];
