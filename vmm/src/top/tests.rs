@@ -339,3 +339,23 @@ fn the_interval_has_bounds() {
         assert!(interval(wrong).unwrap_err().contains("0.1 to 3600"), "{wrong}");
     }
 }
+
+#[test]
+fn the_history_takes_the_room_that_is_left_and_shows_the_last_looks() {
+    let mut board = Board::default();
+    (0..50).for_each(|_| board.update(vm(1, fixture::power())));
+    let mut awake = fixture::power();
+    awake["devices"][0]["state"] = "on".into();
+    board.update(vm(1, awake));
+    let marks = |width: u16| {
+        let shown = lines(&screen(&board, width, 8, &mut Scroll::default()));
+        assert!(shown.iter().all(|line| line.chars().count() <= usize::from(width)), "{shown:?}");
+        let marks: String = shown[4].chars().filter(|c| *c == '▁' || *c == '█').collect();
+        // The bar of the low-power column comes first.
+        marks.trim_start_matches('█').to_owned()
+    };
+    let wide = marks(230);
+    assert_eq!((wide.chars().count(), wide.chars().last()), (51, Some('█')));
+    let narrow = marks(115);
+    assert!((10..51).contains(&narrow.chars().count()) && narrow.ends_with("▁█"), "{narrow}");
+}
