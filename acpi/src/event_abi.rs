@@ -1,17 +1,43 @@
-//! The register of the generic event device (`ACPI0013`; ACPI 6.5, section 5.6.9), as data.
+//! The registers of the generic event device (`ACPI0013`; ACPI 6.5, section 5.6.9), as data.
 //!
-//! One 32-bit register, EVENTS, says why the interrupt was raised. Reading it clears it. Only aligned 32-bit accesses count;
-//! any other reads all ones, and writes are dropped. `_EVT` reads it and turns each bit into a `Notify`.
+//! Each is 32 bits wide. Only aligned 32-bit accesses count; any other reads all ones, and writes elsewhere are dropped.
+//!
+//! | offset | register | access | meaning |
+//! |---|---|---|---|
+//! | `0x0` | EVENTS | read clears | why the interrupt was raised; `_EVT` turns each bit into a `Notify` |
+//! | `0x4` | ADDED | read clears | bit `d`: there is a new function in place `d` |
+//! | `0x8` | LEAVING | read clears | bit `d`: the function in place `d` is to go |
+//! | `0xc` | RELEASED | write; reads 0 | a [`release`]: what the guest says of a function that was to go |
+//!
+//! A place is a device number of bus 0: that of the function itself, or that of the root port above it.
 
 /// Size of the register block in bytes.
-pub const BLOCK_SIZE: u64 = 4;
+pub const BLOCK_SIZE: u64 = 16;
 /// Offset of EVENTS.
 pub const EVENTS_OFFSET: u64 = 0;
+/// Offset of ADDED.
+pub const ADDED_OFFSET: u64 = 4;
+/// Offset of LEAVING.
+pub const LEAVING_OFFSET: u64 = 8;
+/// Offset of RELEASED.
+pub const RELEASED_OFFSET: u64 = 12;
 
 /// EVENTS bit 0: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u32 = 1 << 0;
 /// EVENTS bit 1: some WAKE register of the power notification device is not zero.
 pub const EVENT_WAKE: u32 = 1 << 1;
+
+/// EVENTS bit 2: ADDED or LEAVING is not zero.
+pub const EVENT_PLACES: u32 = 1 << 2;
+
+/// `Notify` value of a device that is new (ACPI 6.5, table 5.168: device check).
+pub const NOTIFY_DEVICE_CHECK: u8 = 0x01;
+/// `Notify` value of a device that is to go (ACPI 6.5, table 5.168: eject request).
+pub const NOTIFY_EJECT_REQUEST: u8 = 0x03;
+/// `_OST` status of an event that was handled (ACPI 6.5, table 6.48).
+pub const OST_SUCCESS: u8 = 0;
+/// Places that there can be.
+pub const PLACE_COUNT: u8 = 32;
 
 /// `Notify` value that asks a device's driver to look at a wake of its device (ACPI 6.5, table 5.168: device wake).
 pub const NOTIFY_DEVICE_WAKE: u8 = 0x02;
@@ -25,6 +51,8 @@ pub enum Event {
     PowerButton,
     /// The host woke a function that the guest had switched off.
     Wake,
+    /// A function is new or is to go.
+    Places,
 }
 
 impl Event {
@@ -33,13 +61,42 @@ impl Event {
         match self {
             Self::PowerButton => EVENT_POWER_BUTTON,
             Self::Wake => EVENT_WAKE,
+            Self::Places => EVENT_PLACES,
         }
     }
 }
 
-/// Whether an access of `size` bytes at `offset` is one to EVENTS.
-pub const fn is_events(offset: u64, size: usize) -> bool {
-    offset == EVENTS_OFFSET && size == 4
+/// A register of the block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// Why the interrupt was raised.
+    Events,
+    /// New functions.
+    Added,
+    /// Functions that are to go.
+    Leaving,
+    /// The guest's answer.
+    Released,
+}
+
+/// The register that an access of `size` bytes at `offset` is to; `None` if it is to none.
+pub const fn decode(offset: u64, size: usize) -> Option<Register> {
+    if size != 4 {
+        return None;
+    }
+    match offset {
+        EVENTS_OFFSET => Some(Register::Events),
+        ADDED_OFFSET => Some(Register::Added),
+        LEAVING_OFFSET => Some(Register::Leaving),
+        RELEASED_OFFSET => Some(Register::Released),
+        _ => None,
+    }
+}
+
+/// What a value written to RELEASED says: the place in bits 7:0, the status of `_OST` in bits 15:8.
+pub const fn release(value: u32) -> (u8, u8) {
+    let [place, status, ..] = value.to_le_bytes();
+    (place, status)
 }
 
 #[cfg(test)]
@@ -47,11 +104,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_whole_register_is_events() {
-        assert!(is_events(0, 4));
-        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (4, 4), (u64::MAX, 4)] {
-            assert!(!is_events(offset, size), "{offset:#x} {size}");
+    fn only_whole_registers_are_decoded() {
+        assert_eq!(decode(0, 4), Some(Register::Events));
+        assert_eq!(decode(12, 4), Some(Register::Released));
+        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (16, 4), (u64::MAX, 4)] {
+            assert_eq!(decode(offset, size), None, "{offset:#x} {size}");
         }
-        assert_eq!(Event::PowerButton.mask() & Event::Wake.mask(), 0);
+        assert_eq!(Event::PowerButton.mask() | Event::Wake.mask() | Event::Places.mask(), 7);
+        assert_eq!(release(0xffff_0203), (3, 2));
     }
 }

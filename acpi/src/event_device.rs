@@ -1,16 +1,21 @@
 //! The generic event device and the power button (ACPI 6.5, sections 5.6.9 and 4.8.3.2.2).
 //!
 //! `_EVT` reads EVENTS ([`event_abi`](crate::event_abi)), which clears it. For a wake it reads each WAKE register of the power
-//! notification device that can name a function, which clears that too, and notifies the functions named.
+//! notification device that can name a function, which clears that too, and notifies the functions named. For functions that
+//! come and go it does the same with ADDED and LEAVING. `RLSE` is where their `_OST` reports.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Interrupt, Local,
-    Method, Name, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+    And, Arg, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If,
+    Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Or, Path, ResourceTemplate, ShiftLeft,
+    Store, ZERO,
 };
 use pci::DevFn;
 
-use crate::event_abi::{BLOCK_SIZE, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_WAKE, NOTIFY_POWER_BUTTON};
+use crate::event_abi::{
+    BLOCK_SIZE, EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_CHECK, NOTIFY_DEVICE_WAKE,
+    NOTIFY_EJECT_REQUEST, NOTIFY_POWER_BUTTON,
+};
 use crate::notify_abi::{ResourceIndex, WAKE_OFFSET, WAKE_WORD_COUNT, WakeWord};
 use crate::ops::Terms;
 use crate::pci_root::{device, node_path};
@@ -27,13 +32,20 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
     ged.push(&Name::new("_UID".into(), &ZERO));
     let interrupt = Interrupt::new(true, true, false, false, platform.event_device.gsi);
     ged.push(&Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])));
-    let events = vec![FieldEntry::Named(*b"EVTS", 32)];
+    let events = [*b"EVTS", *b"ADDD", *b"LEAV", *b"RLSD"];
+    let events = events.into_iter().map(|name| FieldEntry::Named(name, 32)).collect();
     registers(&mut ged, "EREG", platform.event_device.address, BLOCK_SIZE, events);
     let words = (0..WAKE_WORD_COUNT).map(|word| FieldEntry::Named(wake_field(word), 32)).collect();
     let wake_registers = platform.power_notification.saturating_add(WAKE_OFFSET);
     registers(&mut ged, "WREG", wake_registers, WAKE_WORD_COUNT as u64 * 4, words);
 
     let wakes = wakes(&platform.pci);
+    let places = places(&platform.pci);
+    let mut with_places = Terms::new();
+    if !places.0.is_empty() {
+        with_places.push(&If::new(&And::new(&ZERO, &Local(0), &EVENT_PLACES), vec![&places]));
+        release(&mut ged);
+    }
     ged.push(&Method::new(
         "_EVT".into(),
         1,
@@ -45,6 +57,7 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
                 vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &NOTIFY_POWER_BUTTON)],
             ),
             &If::new(&And::new(&ZERO, &Local(0), &EVENT_WAKE), vec![&wakes]),
+            &with_places,
         ],
     ));
     device(terms, "GED_", &ged);
@@ -90,6 +103,44 @@ fn wakes(pci: &PciDescription) -> Terms {
         ));
     }
     terms
+}
+
+/// Reads ADDED and LEAVING once each and notifies whom they name.
+fn places(pci: &PciDescription) -> Terms {
+    let on_bus_0 = pci.functions.iter().map(|function| (None, function));
+    let below = pci.root_ports.iter().flat_map(|port| port.functions.iter().map(|f| (Some(port.devfn), f)));
+    let removable: Vec<(u8, Path)> = on_bus_0
+        .chain(below)
+        .filter_map(|(port, f): (Option<DevFn>, _)| Some((f.place?, node_path(port, f.devfn))))
+        .collect();
+    let mut terms = Terms::new();
+    if removable.is_empty() {
+        return terms;
+    }
+    for (register, value) in [("ADDD", NOTIFY_DEVICE_CHECK), ("LEAV", NOTIFY_EJECT_REQUEST)] {
+        terms.push(&Store::new(&Local(1), &Path::new(register)));
+        for (place, path) in &removable {
+            let mask = 1_u32.checked_shl(u32::from(*place)).unwrap_or(0);
+            terms.push(&If::new(&And::new(&ZERO, &Local(1), &mask), vec![&Notify::new(path, &value)]));
+        }
+    }
+    terms
+}
+
+/// `RLSE(place, event, status)`: tells the VMM how the guest has answered an eject request.
+fn release(terms: &mut Terms) {
+    terms.push(&Method::new(
+        "RLSE".into(),
+        3,
+        true,
+        vec![&If::new(
+            &Equal::new(&Arg(1), &NOTIFY_EJECT_REQUEST),
+            vec![
+                &ShiftLeft::new(&Local(0), &And::new(&ZERO, &Arg(2), &0xff_u8), &8_u8),
+                &Or::new(&Path::new("RLSD"), &Local(0), &Arg(0)),
+            ],
+        )],
+    ));
 }
 
 struct WakeField(WakeWord);

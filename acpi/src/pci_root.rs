@@ -11,8 +11,8 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    GreaterEqual, IO, If, Local, Method, Name, NotEqual, Or, Package, PackageBuilder, Path, ResourceTemplate,
-    Return, Store, Uuid, ZERO,
+    GreaterEqual, IO, If, Local, Method, MethodCall, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path,
+    ResourceTemplate, Return, Store, Uuid, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 use pci::DevFn;
@@ -84,7 +84,7 @@ pub(crate) fn host_bridge(terms: &mut Terms, pci: &PciDescription, notification_
         node(&mut children, *function, &[], notification_page);
     }
     for port in &pci.root_ports {
-        let port_itself = FunctionDescription { devfn: port.devfn, resource: port.resource };
+        let port_itself = FunctionDescription { devfn: port.devfn, resource: port.resource, place: None };
         node(&mut children, port_itself, &port.functions, notification_page);
     }
     device(terms, "PCI0", &children);
@@ -102,10 +102,26 @@ fn node(
     if let Some(index) = function.resource {
         device_power::objects(&mut children, index, notification_page);
     }
+    if let Some(place) = function.place {
+        removal(&mut children, place);
+    }
     for function in below {
         node(&mut children, *function, &[], notification_page);
     }
     device(terms, &node_name(function.devfn), &children);
+}
+
+/// What lets a function come and go: `_RMV` makes Linux handle notifications of its node as a slot's (`acpi_pcihp.c`), and `_OST` is how it says
+/// that it has let go of the function. Not `_EJ0`, which would do both: Linux leaves the power of what has that alone (`pci-acpi.c`).
+fn removal(terms: &mut Terms, place: u8) {
+    terms.push(&Name::new("_SUN".into(), &place));
+    terms.push(&Name::new("_RMV".into(), &ONE));
+    terms.push(&Method::new(
+        "_OST".into(),
+        3,
+        true,
+        vec![&MethodCall::new("\\_SB_.GED_.RLSE".into(), vec![&place, &Arg(0), &Arg(1)])],
+    ));
 }
 
 /// `Device` with children that are known only at run time.

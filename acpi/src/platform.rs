@@ -100,6 +100,9 @@ pub struct FunctionDescription {
     pub devfn: DevFn,
     /// Its power resource; `None` when it is not offered power control.
     pub resource: Option<ResourceIndex>,
+    /// The function can come and go while the guest runs, and this is its place in the registers for that
+    /// ([`event_abi`](crate::event_abi)); below [`PLACE_COUNT`](crate::event_abi::PLACE_COUNT). There may be no function now.
+    pub place: Option<u8>,
 }
 
 /// The generic event device.

@@ -188,8 +188,11 @@ fn check(platform: &PlatformDescription) -> Result<(), TableError> {
     let page = AddressRange { base: platform.power_notification, size: notify_abi::PAGE_SIZE };
     check_range("power notification device", page, u64::MAX)?;
 
-    let ports =
-        pci.root_ports.iter().map(|port| FunctionDescription { devfn: port.devfn, resource: port.resource });
+    let ports = pci.root_ports.iter().map(|port| FunctionDescription {
+        devfn: port.devfn,
+        resource: port.resource,
+        place: None,
+    });
     let mut resources = BTreeSet::new();
     check_bus(pci.functions.iter().copied().chain(ports), &mut resources)?;
     for port in &pci.root_ports {

@@ -1,28 +1,57 @@
 //! The trap half of the ACPI generic event device (`ACPI0013`; ACPI 6.5, section 5.6.9).
 //!
-//! The register and its bits are [`acpi::event_abi`]'s, which the AML is generated from too. An event sets its bit and
+//! The registers and their bits are [`acpi::event_abi`]'s, which the AML is generated from too. An event sets its bit and
 //! signals the interrupt; the guest's `_EVT` reads the register, which clears it.
 
-use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::{fmt, io};
 
-use acpi::event_abi::{Event, is_events};
+use acpi::event_abi::{Event, OST_SUCCESS, PLACE_COUNT, Register, decode, release};
 use vfio_pm::WakeSink;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
 use vmm_sys_util::eventfd::EventFd;
 
+/// Hears what the guest says of a function that is to go. Called from vCPU threads, as often as the guest likes: it must not block.
+pub trait ReleaseSink: Send + Sync {
+    /// The guest has let go of the function in this place, or says why it does not (the status of `_OST`).
+    fn released(&self, place: u8, result: Result<(), u8>);
+}
+
 /// The event device on the MMIO bus.
-#[derive(Debug)]
 pub struct EventDevice {
     events: AtomicU32,
+    added: AtomicU32,
+    leaving: AtomicU32,
     interrupt: EventFd,
+    releases: Arc<dyn ReleaseSink>,
+}
+
+impl fmt::Debug for EventDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventDevice").field("events", &self.events).finish_non_exhaustive()
+    }
 }
 
 impl EventDevice {
     /// A device without pending events. `interrupt` is signalled for each event (edge); it should be an irqfd.
-    pub fn new(interrupt: EventFd) -> Self {
-        Self { events: AtomicU32::new(0), interrupt }
+    pub fn new(interrupt: EventFd, releases: Arc<dyn ReleaseSink>) -> Self {
+        let zero = || AtomicU32::new(0);
+        Self { events: zero(), added: zero(), leaving: zero(), interrupt, releases }
+    }
+
+    /// Tells the guest that there is a function in this place now.
+    pub fn function_added(&self, place: u8) {
+        self.leaving.fetch_and(!mask(place), Ordering::SeqCst);
+        self.added.fetch_or(mask(place), Ordering::SeqCst);
+        self.raise(Event::Places);
+    }
+
+    /// Asks the guest to let go of the function in this place.
+    pub fn function_leaving(&self, place: u8) {
+        self.leaving.fetch_or(mask(place), Ordering::SeqCst);
+        self.raise(Event::Places);
     }
 
     /// Tells the guest. Events that it has not looked at yet are told again.
@@ -45,29 +74,53 @@ impl WakeSink for EventDevice {
 
 impl DeviceMmio for EventDevice {
     fn mmio_read(&self, _base: MmioAddress, offset: MmioAddressOffset, data: &mut [u8]) {
-        if is_events(offset, data.len()) {
-            let events = self.events.swap(0, Ordering::SeqCst);
-            data.copy_from_slice(&events.to_le_bytes());
-        } else {
-            data.fill(0xff);
-        }
+        let register = match decode(offset, data.len()) {
+            Some(Register::Events) => &self.events,
+            Some(Register::Added) => &self.added,
+            Some(Register::Leaving) => &self.leaving,
+            Some(Register::Released) => return data.fill(0),
+            None => return data.fill(0xff),
+        };
+        data.copy_from_slice(&register.swap(0, Ordering::SeqCst).to_le_bytes());
     }
 
-    fn mmio_write(&self, _base: MmioAddress, _offset: MmioAddressOffset, _data: &[u8]) {}
+    fn mmio_write(&self, _base: MmioAddress, offset: MmioAddressOffset, data: &[u8]) {
+        let (Some(Register::Released), &[a, b, c, d]) = (decode(offset, data.len()), data) else { return };
+        let (place, status) = release(u32::from_le_bytes([a, b, c, d]));
+        if place < PLACE_COUNT {
+            self.releases.released(place, if status == OST_SUCCESS { Ok(()) } else { Err(status) });
+        }
+    }
+}
+
+/// A place's bit in ADDED and LEAVING.
+fn mask(place: u8) -> u32 {
+    1_u32.checked_shl(u32::from(place)).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
-    use acpi::event_abi::{EVENT_POWER_BUTTON, EVENT_WAKE};
+    use std::sync::Mutex;
+
+    use acpi::event_abi::{EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE};
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
 
     const BASE: MmioAddress = MmioAddress(0xfed0_1000);
 
+    #[derive(Default)]
+    struct Releases(Mutex<Vec<(u8, Result<(), u8>)>>);
+
+    impl ReleaseSink for Releases {
+        fn released(&self, place: u8, result: Result<(), u8>) {
+            self.0.lock().unwrap().push((place, result));
+        }
+    }
+
     fn device() -> (EventDevice, EventFd) {
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        (EventDevice::new(interrupt.try_clone().unwrap()), interrupt)
+        (EventDevice::new(interrupt.try_clone().unwrap(), Arc::new(Releases::default())), interrupt)
     }
 
     fn events(device: &EventDevice) -> u32 {
@@ -91,13 +144,45 @@ mod tests {
     fn odd_accesses_read_all_ones_and_lose_no_event() {
         let (device, _interrupt) = device();
         device.notify();
-        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (4, 4), (u64::MAX, 4)] {
+        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (16, 4), (u64::MAX, 4)] {
             let mut data = vec![0; size];
             device.mmio_read(BASE, offset, &mut data);
             assert_eq!(data, vec![0xff; size]);
         }
         device.mmio_write(BASE, 0, &[0; 4]);
         assert_eq!(events(&device), EVENT_WAKE);
+    }
+
+    #[test]
+    fn functions_that_come_and_go_are_named_once_and_the_guests_answer_is_passed_on() {
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let releases = Arc::new(Releases::default());
+        let device = EventDevice::new(interrupt.try_clone().unwrap(), Arc::clone(&releases) as _);
+        let read = |offset| {
+            let mut data = [0; 4];
+            device.mmio_read(BASE, offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        device.function_added(5);
+        device.function_leaving(31);
+        assert_eq!(interrupt.read().unwrap(), 2);
+        assert_eq!((read(0), read(4), read(8)), (EVENT_PLACES, 1 << 5, 1 << 31));
+        assert_eq!((read(0), read(4), read(8), read(12)), (0, 0, 0, 0));
+        for value in [31_u32, 0x8205, 32, u32::MAX] {
+            device.mmio_write(BASE, 12, &value.to_le_bytes());
+        }
+        device.mmio_write(BASE, 12, &[1]);
+        assert_eq!(*releases.0.lock().unwrap(), [(31, Ok(())), (5, Err(0x82))]);
+    }
+
+    #[test]
+    fn a_function_that_is_new_is_not_leaving_any_more() {
+        let (device, _interrupt) = device();
+        device.function_leaving(3);
+        device.function_added(3);
+        let mut data = [0; 4];
+        device.mmio_read(BASE, 8, &mut data);
+        assert_eq!(data, [0; 4]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Bus 0 and the way to every function from it (PCI Express Base 6.0, section 7.3.3; PCI-to-PCI Bridge 1.2, section 3.1.1).
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::bdf::DevFn;
 use crate::function::{PciBridge, PciFunction};
@@ -39,9 +39,9 @@ impl RootBusBuilder {
         self.add(devfn, Slot::Bridge(bridge))
     }
 
-    /// Freezes the bus.
+    /// Freezes the bus, but for functions that come and go.
     pub fn build(self) -> RootBus {
-        RootBus { slots: self.slots }
+        RootBus { slots: self.slots, plugged: RwLock::default() }
     }
 
     fn add(&mut self, devfn: DevFn, slot: Slot) -> Result<(), SlotTaken> {
@@ -53,10 +53,12 @@ impl RootBusBuilder {
     }
 }
 
-/// The functions of bus 0, fixed; and those below its bridges, at the bus numbers the guest gave them.
+/// The functions of bus 0, and those below its bridges, at the bus numbers the guest gave them. Bridges are fixed; functions
+/// can come and go.
 #[derive(Debug)]
 pub struct RootBus {
     slots: BTreeMap<DevFn, Slot>,
+    plugged: RwLock<BTreeMap<DevFn, Arc<dyn PciFunction>>>,
 }
 
 impl RootBus {
@@ -65,10 +67,11 @@ impl RootBus {
     /// A guest can give two bridges one bus number; then the bridge with the lower device number gets the cycle.
     pub fn find(&self, bus: u8, devfn: DevFn) -> Option<Arc<dyn PciFunction>> {
         if bus == 0 {
-            return self.slots.get(&devfn).map(|slot| match slot {
-                Slot::Function(function) => Arc::clone(function),
-                Slot::Bridge(bridge) => Arc::clone(bridge) as Arc<dyn PciFunction>,
-            });
+            return match self.slots.get(&devfn) {
+                Some(Slot::Function(function)) => Some(Arc::clone(function)),
+                Some(Slot::Bridge(bridge)) => Some(Arc::clone(bridge) as Arc<dyn PciFunction>),
+                None => self.plugged.read().unwrap_or_else(PoisonError::into_inner).get(&devfn).cloned(),
+            };
         }
         // No bridge stands below another one, so a bus beyond a secondary one is empty.
         let bridge = self.bridges().find(|(_, bridge)| {
@@ -76,6 +79,21 @@ impl RootBus {
             secondary != 0 && (secondary..=subordinate).contains(&bus)
         });
         bridge.filter(|(_, bridge)| bridge.bus_range().0 == bus).and_then(|(_, bridge)| bridge.child(devfn))
+    }
+
+    /// Puts a function on bus 0 while the guest runs.
+    pub fn plug(&self, devfn: DevFn, function: Arc<dyn PciFunction>) -> Result<(), SlotTaken> {
+        let mut plugged = self.plugged.write().unwrap_or_else(PoisonError::into_inner);
+        if self.slots.contains_key(&devfn) || plugged.contains_key(&devfn) {
+            return Err(SlotTaken(devfn));
+        }
+        plugged.insert(devfn, function);
+        Ok(())
+    }
+
+    /// Takes a function away that was put there by [`Self::plug`]. Accesses under way may still reach it.
+    pub fn unplug(&self, devfn: DevFn) -> Option<Arc<dyn PciFunction>> {
+        self.plugged.write().unwrap_or_else(PoisonError::into_inner).remove(&devfn)
     }
 
     /// The bridges, by their place on bus 0.
@@ -101,6 +119,21 @@ mod tests {
         let Some(function) = bus.find(number, devfn) else { return false };
         function.config_read(0, &mut [0; 4]);
         !recorder.take().is_empty()
+    }
+
+    #[test]
+    fn functions_come_and_go_where_there_is_no_other() {
+        let (fixed, moving) = (Recorder::new(), Recorder::new());
+        let mut builder = RootBusBuilder::new();
+        builder.add_function(at(0), fixed.clone()).unwrap();
+        let bus = builder.build();
+        assert_eq!(bus.plug(at(0), moving.clone()), Err(SlotTaken(at(0))));
+        assert_eq!(bus.plug(at(4), moving.clone()), Ok(()));
+        assert_eq!(bus.plug(at(4), fixed.clone()), Err(SlotTaken(at(4))));
+        assert!(answers(&bus, 0, at(4), &moving));
+        assert!(bus.unplug(at(0)).is_none(), "what is fixed stays");
+        assert!(bus.unplug(at(4)).is_some() && bus.find(0, at(4)).is_none());
+        assert_eq!(bus.plug(at(4), moving), Ok(()));
     }
 
     #[test]

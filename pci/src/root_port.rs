@@ -2,7 +2,7 @@
 //! 1.3.1, 5.3.3 and 6.1.6; PCI-to-PCI Bridge 1.2).
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use crate::bdf::DevFn;
 use crate::cap::msi::{MsiCapability, MsiLayout, MsiLayoutError, MsiVectors};
@@ -54,10 +54,13 @@ pub enum ChildrenError {
     /// There is no function 0, without which a guest does not look for others.
     #[error("the functions below a root port have no function 0; a guest would not look for the others")]
     NoFunctionZero,
-    /// The functions were set before.
-    #[error("the functions below this root port were already set; they are fixed for its life")]
+    /// There are functions already.
+    #[error("there are functions below this root port already; they have to go first")]
     AlreadySet,
 }
+
+/// Functions with their places on the secondary bus.
+type Children = Vec<(DevFn, Arc<dyn PciFunction>)>;
 
 /// Called when the guest resets the bus below the port.
 pub type SecondaryResetHook = Box<dyn Fn() + Send + Sync>;
@@ -88,13 +91,13 @@ pub struct RootPort {
     devfn: DevFn,
     spans: Spans,
     state: Mutex<State>,
-    children: OnceLock<Vec<(DevFn, Arc<dyn PciFunction>)>>,
+    children: RwLock<Option<Children>>,
     reset_hook: OnceLock<SecondaryResetHook>,
 }
 
 impl fmt::Debug for RootPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let children: Vec<_> = self.children().iter().map(|(devfn, _)| devfn).collect();
+        let children: Vec<_> = self.children().into_iter().map(|(devfn, _)| devfn).collect();
         f.debug_struct("RootPort")
             .field("devfn", &self.devfn)
             .field("children", &children)
@@ -137,7 +140,7 @@ impl RootPort {
             devfn,
             spans,
             state: Mutex::new(state),
-            children: OnceLock::new(),
+            children: RwLock::new(None),
             reset_hook: OnceLock::new(),
         })
     }
@@ -147,8 +150,8 @@ impl RootPort {
         self.devfn
     }
 
-    /// Puts functions below the port, once, before the machine starts.
-    pub fn set_children(&self, children: Vec<(DevFn, Arc<dyn PciFunction>)>) -> Result<(), ChildrenError> {
+    /// Puts functions below the port; there must be none.
+    pub fn set_children(&self, children: Children) -> Result<(), ChildrenError> {
         let mut places: Vec<_> = children.iter().map(|(devfn, _)| *devfn).collect();
         places.sort_unstable();
         if let Some(&devfn) = places.iter().find(|devfn| devfn.device() != 0) {
@@ -160,12 +163,22 @@ impl RootPort {
         if places.first().is_some_and(|devfn| devfn.function() != 0) {
             return Err(ChildrenError::NoFunctionZero);
         }
-        self.children.set(children).map_err(|_| ChildrenError::AlreadySet)
+        let mut present = self.children.write().unwrap_or_else(PoisonError::into_inner);
+        if present.is_some() {
+            return Err(ChildrenError::AlreadySet);
+        }
+        *present = Some(children);
+        Ok(())
     }
 
     /// The functions below, with their places on the secondary bus.
-    pub fn children(&self) -> &[(DevFn, Arc<dyn PciFunction>)] {
-        self.children.get().map_or(&[], Vec::as_slice)
+    pub fn children(&self) -> Children {
+        self.children.read().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_default()
+    }
+
+    /// Takes all functions away from below the port. Accesses under way may still reach them.
+    pub fn remove_children(&self) -> Children {
+        self.children.write().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default()
     }
 
     /// Sets what happens when the guest begins a secondary bus reset (Bridge Control). Called from a vCPU thread; must not block.
@@ -248,7 +261,8 @@ impl PciBridge for RootPort {
     }
 
     fn child(&self, devfn: DevFn) -> Option<Arc<dyn PciFunction>> {
-        self.children().iter().find(|(place, _)| *place == devfn).map(|(_, child)| Arc::clone(child))
+        let children = self.children.read().unwrap_or_else(PoisonError::into_inner);
+        children.iter().flatten().find(|(place, _)| *place == devfn).map(|(_, child)| Arc::clone(child))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The power notification device: the trap half of [`acpi::notify_abi`]. Decodes the guest's accesses and routes them to the
 //! power domains.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use acpi::notify_abi::{
     ID, REQUEST_OFF, REQUEST_ON, RESOURCE_COUNT, RESOURCES_PER_WAKE_WORD, Register, ResourceIndex, VERSION,
@@ -12,36 +12,44 @@ use vm_device::bus::{MmioAddress, MmioAddressOffset};
 
 use crate::domain::PowerDomain;
 
-/// Routes the register page's accesses to the power domains. Frozen when made.
+/// Routes the register page's accesses to the power domains.
 #[derive(Debug)]
 pub struct NotifyDevice {
-    domains: Vec<Arc<PowerDomain>>,
-    /// By resource index: which domain.
-    routes: Vec<Option<usize>>,
+    /// By resource index. Held for a look only, never over a call of a domain.
+    routes: RwLock<Vec<Option<Arc<PowerDomain>>>>,
 }
 
 impl NotifyDevice {
     /// A device for these domains. Where two claim one resource index, the first has it.
     pub fn new(domains: Vec<Arc<PowerDomain>>) -> Self {
-        let mut routes = vec![None; RESOURCE_COUNT];
-        for (number, domain) in domains.iter().enumerate() {
-            for index in domain.resources() {
-                if let Some(route) = routes.get_mut(index.as_usize()) {
-                    route.get_or_insert(number);
-                }
+        let device = Self { routes: RwLock::new(vec![None; RESOURCE_COUNT]) };
+        domains.iter().for_each(|domain| device.add(domain));
+        device
+    }
+
+    /// Routes to one more domain, whose indices nobody has.
+    pub fn add(&self, domain: &Arc<PowerDomain>) {
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        for index in domain.resources() {
+            if let Some(route) = routes.get_mut(index.as_usize()) {
+                route.get_or_insert_with(|| Arc::clone(domain));
             }
         }
-        Self { domains, routes }
     }
 
-    /// The domains, as given.
-    pub fn domains(&self) -> &[Arc<PowerDomain>] {
-        &self.domains
+    /// Forgets a domain: its registers read as if there had never been one.
+    pub fn remove(&self, domain: &Arc<PowerDomain>) {
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        for route in routes.iter_mut() {
+            if route.as_ref().is_some_and(|present| Arc::ptr_eq(present, domain)) {
+                *route = None;
+            }
+        }
     }
 
-    fn domain(&self, index: ResourceIndex) -> Option<&PowerDomain> {
-        let number = self.routes.get(index.as_usize()).copied().flatten()?;
-        self.domains.get(number).map(Arc::as_ref)
+    fn domain(&self, index: ResourceIndex) -> Option<Arc<PowerDomain>> {
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        routes.get(index.as_usize()).cloned().flatten()
     }
 
     fn read(&self, register: Register) -> u32 {
@@ -115,6 +123,20 @@ mod tests {
         slot.functions[0].wait_engaged();
         request(1);
         crate::fake::eventually("status says ready", || status() == 1);
+    }
+
+    #[test]
+    fn a_domain_that_was_removed_is_as_one_that_never_was_and_can_come_again() {
+        let slot = Slot::new(1);
+        let device = NotifyDevice::new(Vec::new());
+        let status = || read_dword(&device, acpi::notify_abi::status_offset(slot.resource(0)));
+        assert_eq!(status(), 0);
+        device.add(&slot.domain);
+        assert_eq!(status(), 1);
+        device.remove(&slot.domain);
+        assert_eq!(status(), 0);
+        device.add(&slot.domain);
+        assert_eq!(status(), 1);
     }
 
     #[test]

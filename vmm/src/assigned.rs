@@ -4,10 +4,9 @@
 //! function is offered a power resource is decided here, once, before boot; the reason is logged either way.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
-use acpi::notify_abi::{RESOURCE_COUNT, ResourceIndex};
-use acpi::platform::{FunctionDescription, RootPortDescription};
+use acpi::notify_abi::ResourceIndex;
 use arch::layout::{PCI_INTX_GSI_BASE, PCI_INTX_GSI_COUNT};
 use devices::vfio::bar::GuestMapper;
 use devices::vfio::function::{FunctionSpec, VfioFunction, Windows};
@@ -15,22 +14,25 @@ use devices::vfio::host::HostFunction;
 use devices::vfio::host_signals;
 use devices::vfio::layout::{FunctionLayout, LayoutError};
 use devices::vfio::open::{Handle, OpenError, name};
-use log::{Level, debug, info, log_enabled, warn};
-use pci::assign::PortNeeds;
+use log::{info, warn};
 use pci::cap::pcie::LinkSpeed;
+use pci::function::PciBridge;
 use pci::interrupt::{IntxLine, MsiAllocator};
+use pci::pme::PmeSink;
 use pci::root_port::{ChildrenError, RootPort, RootPortError};
 use pci::{Bdf, DevFn, PciFunction};
 use vfio_bindings::bindings::vfio::VFIO_PCI_INTX_IRQ_INDEX;
 use vfio_pm::offer::{Offer, PowerChoice, offer};
 use vfio_pm::sysfs::{HostPower, SYSFS};
 use vfio_pm::{
-    CreateError, DomainSpec, LowPower, MemberSpec, NewsSink, Policy, PolicyError, PowerDomain, PowerNews,
-    Support, Timing, VfioLowPower, WakePolicy, WakeSink,
+    CreateError, DomainSpec, LowPower, MemberSpec, Policy, PolicyError, PowerDomain, Support, Timing,
+    VfioLowPower, WakePolicy, WakeSink,
 };
 
 use crate::config::DeviceConfig;
+use crate::events::Events;
 use crate::irq::{Gsi, IrqRouter, MsiVectors};
+use crate::power_events::PowerTeller;
 use crate::remedy::remedy;
 
 /// Interrupt pin in configuration space: 1 is INTA.
@@ -55,6 +57,19 @@ pub enum AssignedError {
     PlaceConflict {
         /// Host address of the later function.
         bdf: Bdf,
+    },
+    /// No room for one more.
+    #[error(
+        "there is no free place for another device; remove one, or start the VM with more --platform hotplug_ports=N"
+    )]
+    NoFreePlace,
+    /// A device that the guest cannot let go of alone.
+    #[error(
+        "device {id} cannot be removed while the machine runs: it shares a root port with other functions of its slot; shut the VM down first"
+    )]
+    NotRemovable {
+        /// Its name.
+        id: String,
     },
     /// A device cannot be opened.
     #[error(transparent)]
@@ -95,6 +110,7 @@ pub enum AssignedError {
 }
 
 /// What assigned devices need of the machine.
+#[derive(Debug)]
 pub struct Surroundings {
     /// Interrupt routes.
     pub router: Arc<IrqRouter>,
@@ -106,6 +122,8 @@ pub struct Surroundings {
     pub wake: Arc<dyn WakeSink>,
     /// Devices that did not come back from low power before the guest's last reset.
     pub latched: Vec<Bdf>,
+    /// Where news of power goes.
+    pub events: Events,
 }
 
 /// One assigned device: the host's view and the user's wishes.
@@ -116,100 +134,94 @@ pub struct Assignment {
     pub config: DeviceConfig,
 }
 
-/// A slot that has been put together.
+/// Functions that share power, put together.
 #[derive(Debug)]
 pub struct Slot {
     /// Stopped and joined when the machine goes; before the functions, whose hardware it drives.
     pub domain: Arc<PowerDomain>,
-    /// Its root port on bus 0.
-    pub port: Arc<RootPort>,
-    /// The port's power resource.
+    /// The port's power resource, if there is a port and it has one.
     pub port_resource: Option<ResourceIndex>,
     /// Its functions.
-    pub functions: Vec<(Arc<VfioFunction>, Option<ResourceIndex>)>,
+    pub functions: Vec<SlotFunction>,
 }
 
-impl Slot {
-    /// What the slot's BARs need.
-    pub fn needs(&self) -> PortNeeds {
-        let functions = self.functions.iter().map(|(function, _)| function.needs()).collect();
-        PortNeeds { devfn: self.port.devfn(), functions }
-    }
+/// Where a slot is in the guest.
+#[derive(Clone, Debug)]
+pub enum Seat {
+    /// Below a root port.
+    Port(PortSeat),
+    /// On bus 0 itself, as function 0 of this device.
+    Bus0(u8),
+}
 
-    /// What the tables say of the slot.
-    pub fn description(&self) -> RootPortDescription {
-        let functions = self
-            .functions
-            .iter()
-            .map(|(function, resource)| FunctionDescription { devfn: function.devfn(), resource: *resource })
-            .collect();
-        RootPortDescription { devfn: self.port.devfn(), resource: self.port_resource, functions }
+/// A root port on bus 0.
+#[derive(Clone, Debug)]
+pub struct PortSeat {
+    /// The port.
+    pub port: Arc<RootPort>,
+    /// What it resets with its bus.
+    below: Arc<Below>,
+}
+
+/// The functions below a port, for its resets.
+type Below = RwLock<Vec<Weak<VfioFunction>>>;
+
+/// A function on bus 0 has no port that could take its PMEs: the event device is all there is.
+#[derive(Debug)]
+struct NoPort;
+
+impl PmeSink for NoPort {
+    fn pme(&self, _from: DevFn) -> bool {
+        false
     }
 }
 
-/// Where slots go on bus 0, and which functions are in each.
-fn places(devices: &[Assignment]) -> Result<Vec<(DevFn, Vec<&Assignment>)>, AssignedError> {
-    let mut slots: Vec<(Option<u8>, Vec<&Assignment>)> = Vec::new();
-    for device in devices {
-        let bdf = device.host.bdf;
-        let same_slot = |other: &Assignment| {
-            let other = other.host.bdf;
-            (other.segment, other.bus, other.devfn.device()) == (bdf.segment, bdf.bus, bdf.devfn.device())
-        };
-        let wish = device.config.pci_device_id;
-        match slots.iter_mut().find(|(_, members)| same_slot(members[0])) {
-            Some((place, _)) if place.is_some() && wish.is_some() && *place != wish => {
-                return Err(AssignedError::PlaceConflict { bdf });
-            }
-            Some((place, members)) => {
-                *place = place.or(wish);
-                members.push(device);
-            }
-            None => slots.push((wish, vec![device])),
+/// A function in its slot.
+#[derive(Debug)]
+pub struct SlotFunction {
+    /// Name that the operator knows it by.
+    pub id: String,
+    /// Address on the host.
+    pub host: Bdf,
+    /// The function.
+    pub function: Arc<VfioFunction>,
+    /// Its power resource, if it is offered one.
+    pub resource: Option<ResourceIndex>,
+}
+
+impl Seat {
+    /// A new root port at this device number on bus 0.
+    ///
+    /// # Errors
+    /// See [`RootPortError`].
+    pub fn new_port(device: u8, around: &Surroundings) -> Result<Self, RootPortError> {
+        let devfn = DevFn::from_bits(device << 3);
+        let allocator = Arc::new(MsiVectors(Arc::clone(&around.router)));
+        let port = Arc::new(RootPort::new(devfn, device, LinkSpeed::Gen2, allocator)?);
+        let below = Arc::new(Below::default());
+        let to_reset = Arc::clone(&below);
+        port.on_secondary_reset(Box::new(move || {
+            let functions = to_reset.read().unwrap_or_else(PoisonError::into_inner).clone();
+            functions.iter().filter_map(Weak::upgrade).for_each(|function| function.reset());
+        }));
+        Ok(Self::Port(PortSeat { port, below }))
+    }
+
+    /// Device number on bus 0: that of the port, or of the function.
+    pub fn device(&self) -> u8 {
+        match self {
+            Self::Port(seat) => seat.port.devfn().device(),
+            Self::Bus0(device) => *device,
         }
     }
-    let count = slots.len();
-    // Device 0 is the host bridge.
-    let mut taken = [false; 32];
-    taken[0] = true;
-    for device in slots.iter().filter_map(|(place, _)| *place) {
-        let place = taken.get_mut(usize::from(device)).filter(|taken| !**taken);
-        *place.ok_or(AssignedError::PlaceTaken { device })? = true;
-    }
-    slots
-        .into_iter()
-        .map(|(place, mut members)| {
-            let device = match place {
-                Some(device) => Some(device),
-                None => taken.iter().position(|taken| !taken).and_then(|free| u8::try_from(free).ok()),
-            };
-            let devfn = device.and_then(|device| DevFn::new(device, 0)).ok_or(AssignedError::Slots(count))?;
-            taken[usize::from(devfn.device())] = true;
-            members.sort_by_key(|member| member.host.bdf);
-            Ok((devfn, members))
-        })
-        .collect()
-}
 
-/// Whether there is a place on bus 0 for every slot, before any device is opened.
-pub fn check_places(devices: &[Assignment]) -> Result<(), AssignedError> {
-    places(devices).map(|_| ())
-}
-
-/// Puts all slots together. `opened` holds the handles in the order of `devices`.
-pub fn build_slots(
-    devices: &[Assignment],
-    opened: &[Arc<Handle>],
-    around: &Surroundings,
-) -> Result<Vec<Slot>, AssignedError> {
-    let mut resources = (0..RESOURCE_COUNT).filter_map(|index| u8::try_from(index).ok()).map(ResourceIndex);
-    let mut slots = Vec::new();
-    for (devfn, members) in places(devices)? {
-        let handle_of = |bdf: Bdf| opened.iter().find(|handle| handle.bdf() == bdf);
-        let handles = members.iter().filter_map(|m| Some((*m, Arc::clone(handle_of(m.host.bdf)?)))).collect();
-        slots.push(build_slot(devfn, handles, around, &mut resources)?);
+    /// The root port.
+    pub fn port(&self) -> Option<&Arc<RootPort>> {
+        match self {
+            Self::Port(seat) => Some(&seat.port),
+            Self::Bus0(_) => None,
+        }
     }
-    Ok(slots)
 }
 
 /// One function on its way into a slot.
@@ -218,18 +230,24 @@ struct Candidate<'a> {
     handle: Arc<Handle>,
     layout: FunctionLayout,
     low_power: Arc<dyn LowPower>,
+    can_sleep: bool,
     resource: Option<ResourceIndex>,
     devfn: DevFn,
 }
 
-fn build_slot(
-    devfn: DevFn,
+/// Puts a slot together. `resources` gives out power resources: to each function that can sleep, then to the port. Where tables are written
+/// already (`fixed`), a function gets the resource that they give it even if it cannot sleep: the guest uses it, and `_OFF` then cuts nothing.
+///
+/// # Errors
+/// See [`AssignedError`].
+pub fn build_slot(
+    seat: &Seat,
     handles: Vec<(&Assignment, Arc<Handle>)>,
     around: &Surroundings,
-    resources: &mut impl Iterator<Item = ResourceIndex>,
+    resources: &mut dyn Iterator<Item = ResourceIndex>,
+    fixed: bool,
 ) -> Result<Slot, AssignedError> {
     let allocator: Arc<dyn MsiAllocator> = Arc::new(MsiVectors(Arc::clone(&around.router)));
-    let port = Arc::new(RootPort::new(devfn, devfn.device(), LinkSpeed::Gen2, Arc::clone(&allocator))?);
     let multi_function = handles.len() > 1;
     let lowest = handles.iter().map(|(a, _)| a.host.bdf.devfn.function()).min().unwrap_or(0);
     let mut candidates = Vec::new();
@@ -238,67 +256,107 @@ fn build_slot(
         let layout =
             FunctionLayout::read(&handle, multi_function, |bar| !excluded.contains(&u64::from(bar)))?;
         let low_power: Arc<dyn LowPower> = Arc::new(VfioLowPower::new(Arc::clone(&handle)));
-        let offered = decide(assignment, &layout, low_power.as_ref());
+        let can_sleep = decide(assignment, &layout, low_power.as_ref());
         // The bus needs a function 0: the lowest one assigned takes that place, the others keep theirs.
         let function = match assignment.host.bdf.devfn.function() {
             function if function == lowest => 0,
             function => function,
         };
-        let place = DevFn::from_bits(function);
-        let resource = if offered { resources.next() } else { None };
-        candidates.push(Candidate { assignment, handle, layout, low_power, resource, devfn: place });
+        let devfn = match seat {
+            Seat::Port(_) => DevFn::from_bits(function),
+            Seat::Bus0(device) => DevFn::from_bits(device << 3),
+        };
+        let resource = if can_sleep || fixed { resources.next() } else { None };
+        candidates.push(Candidate { assignment, handle, layout, low_power, can_sleep, resource, devfn });
     }
     // A port's resource puts away whatever below it is still on: it needs every function to be able to sleep.
-    let whole = candidates.iter().all(|candidate| candidate.resource.is_some());
-    let port_resource = if whole { resources.next() } else { None };
+    let whole = fixed || candidates.iter().all(|candidate| candidate.resource.is_some());
+    let port_resource = if whole && seat.port().is_some() { resources.next() } else { None };
 
     let mut functions = Vec::new();
     let mut members = Vec::new();
     for candidate in candidates {
-        let Candidate { assignment, handle, layout, low_power, resource, devfn: place } = candidate;
+        let Candidate { assignment, handle, layout, low_power, can_sleep, resource, devfn } = candidate;
         let signals = host_signals::listen(&handle);
-        let intx = intx_line(&layout, &handle, devfn, around)?;
+        let intx = intx_line(&layout, &handle, seat.device(), around)?;
         let function = VfioFunction::new(FunctionSpec {
             handle,
             layout,
-            devfn: place,
+            devfn,
             power_offered: resource.is_some(),
             windows: around.windows.clone(),
             mapper: Arc::clone(&around.mapper),
             msi: Arc::clone(&allocator),
             intx,
         })?;
+        let mut policy = policy(assignment)?;
+        if !can_sleep && policy.power == PowerChoice::Auto && resource.is_some() {
+            policy.power = PowerChoice::D3hot;
+        }
         members.push(MemberSpec {
             resource,
-            devfn: place,
+            devfn,
             low_power,
             gate: Arc::clone(&function) as _,
             signals,
-            policy: policy(assignment)?,
+            policy,
         });
-        functions.push((function, resource));
+        functions.push(SlotFunction {
+            id: assignment.config.id.clone().unwrap_or_else(|| assignment.host.bdf.to_string()),
+            host: assignment.host.bdf,
+            function,
+            resource,
+        });
     }
-    let children = functions
-        .iter()
-        .map(|(function, _)| (function.devfn(), Arc::clone(function) as Arc<dyn PciFunction>))
-        .collect();
-    port.set_children(children).map_err(|source| AssignedError::Children { port: devfn, source })?;
-    let to_reset: Vec<_> = functions.iter().map(|(function, _)| Arc::downgrade(function)).collect();
-    port.on_secondary_reset(Box::new(move || {
-        to_reset.iter().filter_map(std::sync::Weak::upgrade).for_each(|function| function.reset());
-    }));
     let latched_by = members.iter().map(|member| member.gate.bdf()).find(|bdf| around.latched.contains(bdf));
+    let pme: Arc<dyn PmeSink> = match seat {
+        Seat::Port(seat) => Arc::clone(&seat.port) as _,
+        Seat::Bus0(_) => Arc::new(NoPort),
+    };
     let domain = PowerDomain::new(DomainSpec {
         port_resource,
         members,
-        pme: Arc::clone(&port) as _,
+        pme,
         wake: Arc::clone(&around.wake),
-        news: Some(Arc::new(LogNews)),
+        news: Some(Arc::new(PowerTeller {
+            events: around.events.clone(),
+            ids: functions.iter().map(|place| (place.host.to_string(), place.id.clone())).collect(),
+        })),
         latched_by,
         timing: Timing::default(),
     })?;
-    functions.iter().for_each(|(function, _)| function.join(&domain));
-    Ok(Slot { domain, port, port_resource, functions })
+    functions.iter().for_each(|place| place.function.join(&domain));
+    Ok(Slot { domain, port_resource, functions })
+}
+
+impl PortSeat {
+    /// The number that the guest has given to the port's bus.
+    pub fn bus(&self) -> u8 {
+        self.port.bus_range().0
+    }
+
+    /// Puts the slot's functions below the port.
+    ///
+    /// # Errors
+    /// Functions that do not go below one port.
+    pub fn attach(&self, slot: &Slot) -> Result<(), AssignedError> {
+        let children = slot
+            .functions
+            .iter()
+            .map(|place| (place.function.devfn(), Arc::clone(&place.function) as Arc<dyn PciFunction>))
+            .collect();
+        let port = self.port.devfn();
+        self.port.set_children(children).map_err(|source| AssignedError::Children { port, source })?;
+        let functions = slot.functions.iter().map(|place| Arc::downgrade(&place.function)).collect();
+        *self.below.write().unwrap_or_else(PoisonError::into_inner) = functions;
+        Ok(())
+    }
+
+    /// Takes all functions away from below the port.
+    pub fn detach(&self) {
+        self.port.remove_children();
+        self.below.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
 }
 
 /// Whether the function is offered a power resource; tells the user why or why not.
@@ -352,33 +410,19 @@ fn policy(assignment: &Assignment) -> Result<Policy, AssignedError> {
     Ok(policy)
 }
 
-/// All news of power in the log, one JSON object a line, for those who ask for debug messages.
-#[derive(Debug)]
-struct LogNews;
-
-impl NewsSink for LogNews {
-    fn tell(&self, news: &PowerNews) {
-        if log_enabled!(Level::Debug)
-            && let Ok(text) = serde_json::to_string(news)
-        {
-            debug!("power news: {text}");
-        }
-    }
-}
-
 /// The line of the function's interrupt pin, as `_PRT` describes it.
 fn intx_line(
     layout: &FunctionLayout,
     handle: &Handle,
-    port: DevFn,
+    device: u8,
     around: &Surroundings,
 ) -> Result<Option<Arc<dyn IntxLine>>, AssignedError> {
     let mut pin = [0; 1];
     layout.shadow.raw(usize::from(INTERRUPT_PIN), &mut pin);
     let (count, _) = handle.irq_count(VFIO_PCI_INTX_IRQ_INDEX);
     let Some(pin) = pin[0].checked_sub(1).filter(|pin| *pin < 4 && count > 0) else { return Ok(None) };
-    // The function is device 0 of its bus, so the pin arrives at the port unswizzled.
-    let gsi = PCI_INTX_GSI_BASE + (u32::from(port.device()) + u32::from(pin)) % PCI_INTX_GSI_COUNT;
+    // A function below a port is device 0 of its bus, so the pin arrives at the port unswizzled.
+    let gsi = PCI_INTX_GSI_BASE + (u32::from(device) + u32::from(pin)) % PCI_INTX_GSI_COUNT;
     let line = around.router.intx_line(Gsi(gsi));
     line.map(Some).map_err(|source| AssignedError::Intx { bdf: handle.bdf(), source })
 }

@@ -13,8 +13,8 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, OptionError, PayloadConfig, PlatformConfig,
-    VmConfig,
+    ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
+    PlatformConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -26,14 +26,12 @@ mod tests;
 
 /// Options of Cloud Hypervisor that are refused, with or without values.
 const NOT_YET: &[&str] = &[
-    "api-socket",
     "balloon",
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
     "debug-console",
     "disk",
-    "event-monitor",
     "fs",
     "fw-cfg-config",
     "gdb",
@@ -46,7 +44,6 @@ const NOT_YET: &[&str] = &[
     "log-format",
     "memory-zone",
     "net",
-    "no-shutdown",
     "numa",
     "pci-segment",
     "pmem",
@@ -115,6 +112,18 @@ struct Run {
     /// Write the log to this file instead of standard error.
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
+    /// Serve the REST API on a Unix socket: path=PATH, or fd=N for one that listens already
+    #[arg(long, value_name = "path=PATH|fd=N")]
+    api_socket: Option<String>,
+    /// Serve only GET /metrics on a Unix socket
+    #[arg(long, value_name = "path=PATH|fd=N")]
+    metrics_socket: Option<String>,
+    /// Tell what happens, as JSON: path=PATH of a file or pipe, or fd=N
+    #[arg(long, value_name = "path=PATH|fd=N")]
+    event_monitor: Option<String>,
+    /// Stay when the guest has switched itself off, and wait for orders
+    #[arg(long)]
+    no_shutdown: bool,
     /// Log more: -v, -vv, -vvv.
     #[arg(short = 'v', action = ArgAction::Count)]
     verbosity: u8,
@@ -202,13 +211,28 @@ pub enum Action {
     Top(TopArgs),
     /// Write manual pages to this directory.
     Man(PathBuf),
-    /// Run a machine. The configuration has not been validated.
+    /// Run a VMM. The configuration has not been validated.
     Run {
-        /// The machine.
-        config: Box<VmConfig>,
+        /// The machine to start with, if any.
+        config: Option<Box<VmConfig>>,
+        /// How it is watched and driven.
+        options: ControlOptions,
         /// Where and how much to log.
         log: LogOptions,
     },
+}
+
+/// How a VMM is watched and driven.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlOptions {
+    /// Where the REST API is served.
+    pub api_socket: Option<Endpoint>,
+    /// Where metrics alone are served.
+    pub metrics_socket: Option<Endpoint>,
+    /// Where events go.
+    pub event_monitor: Option<Endpoint>,
+    /// Whether the VMM stays when the guest has switched itself off.
+    pub no_shutdown: bool,
 }
 
 /// Where and how much to log.
@@ -311,6 +335,28 @@ impl Run {
         if self.seccomp.is_some_and(|seccomp| seccomp != Seccomp::False) {
             return Err(CliError::NotYet("seccomp other than false".to_owned()));
         }
+        let options = ControlOptions {
+            api_socket: Endpoint::parse_option("--api-socket", self.api_socket.as_deref())?,
+            metrics_socket: Endpoint::parse_option("--metrics-socket", self.metrics_socket.as_deref())?,
+            event_monitor: Endpoint::parse_option("--event-monitor", self.event_monitor.as_deref())?,
+            no_shutdown: self.no_shutdown,
+        };
+        let level = match self.verbosity {
+            0 => LevelFilter::Warn,
+            1 => LevelFilter::Info,
+            2 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        };
+        let log = LogOptions { file: self.log_file.clone(), level };
+        // Without anything to boot the machine comes through the API, all of it.
+        if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
+            if let Some(option) = self.machine_option() {
+                return Err(CliError::Usage(format!(
+                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH, or describe the whole machine through the API"
+                )));
+            }
+            return Ok(Action::Run { config: None, options, log });
+        }
         let devices: Vec<_> =
             self.device.iter().map(|text| DeviceConfig::parse(text)).collect::<Result<_, _>>()?;
         let config = VmConfig {
@@ -329,13 +375,21 @@ impl Run {
             console: ConsoleConfig::parse("--console", &self.console)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
+            ..VmConfig::default()
         };
-        let level = match self.verbosity {
-            0 => LevelFilter::Warn,
-            1 => LevelFilter::Info,
-            2 => LevelFilter::Debug,
-            _ => LevelFilter::Trace,
-        };
-        Ok(Action::Run { config: Box::new(config), log: LogOptions { file: self.log_file, level } })
+        Ok(Action::Run { config: Some(Box::new(config)), options, log })
+    }
+
+    /// An option that describes a machine, if one is given.
+    fn machine_option(&self) -> Option<&'static str> {
+        let given = [
+            ("--initramfs", self.initramfs.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--cpus", self.cpus.is_some()),
+            ("--memory", self.memory.is_some()),
+            ("--platform", self.platform.is_some()),
+            ("--device", !self.device.is_empty()),
+        ];
+        given.iter().find(|(_, given)| *given).map(|(option, _)| *option)
     }
 }

@@ -8,12 +8,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod absent;
+mod endpoint;
 pub mod option_parser;
 mod parse;
 #[cfg(test)]
 mod tests;
 mod validate;
 
+pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -42,6 +46,15 @@ pub struct VmConfig {
     /// What concerns the machine as a whole.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
+    /// The source of random numbers.
+    #[serde(default)]
+    pub rng: RngConfig,
+    /// The debug console.
+    #[serde(default)]
+    pub debug_console: DebugConsoleConfig,
+    /// What is not there yet.
+    #[serde(flatten)]
+    pub absent: AbsentSettings,
 }
 
 /// Processors.
@@ -303,13 +316,16 @@ pub struct DeviceConfig {
     /// BARs (0 to 5) whose accesses are all trapped.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub x_exclude_mmap_bars: Vec<u64>,
+    /// Whether it is below a root port of its own; as it fits, if absent. Dormouse's own, as all that follows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root_port: Option<bool>,
     /// How deep it may sleep.
     #[serde(default, skip_serializing_if = "is_default")]
     pub power: PowerChoice,
     /// What happens when the host wakes it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub wake: WakePolicy,
-    /// How long after the guest's request its power is cut, in milliseconds; Dormouse's own default if absent, as for all that follows.
+    /// How long after the guest's request its power is cut, in milliseconds; the default of its class if absent, as for all that follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_off: Option<u32>,
     /// How many times in a minute its power may be cut; 0: as often as the guest likes.
@@ -371,6 +387,9 @@ pub struct PlatformConfig {
     /// Chassis type in SMBIOS; Dormouse's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chassis_type: Option<u8>,
+    /// Root ports that are kept for devices that come later; Dormouse's own.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub hotplug_ports: u8,
     /// Whether devices are opened through iommufd rather than VFIO groups.
     #[serde(default)]
     pub iommufd: bool,
@@ -404,6 +423,7 @@ impl Default for PlatformConfig {
             system_sku_number: None,
             chassis_asset_tag: None,
             chassis_type: None,
+            hotplug_ports: 0,
             iommufd: false,
             iommufd_fd: None,
             tdx: false,

@@ -1,9 +1,12 @@
-//! Stop requests: from the guest, from a signal, or from a vCPU that cannot go on. The first one counts, except that
-//! a reset gives way to any other.
+//! What wakes the main loop of a machine. Stop requests: from the guest, from a signal, or from a vCPU that cannot go on; the first one
+//! counts, except that a reset gives way to any other. And what the guest says of devices that it is to let go of.
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use acpi::event_abi::PLACE_COUNT;
+use devices::event_device::ReleaseSink;
 use devices::reset::MachineControl;
 use log::error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -26,12 +29,56 @@ pub enum StopReason {
 pub struct Control {
     event: EventFd,
     reason: Mutex<Option<StopReason>>,
+    /// Places that the guest has let go of, one bit each.
+    released: AtomicU32,
+    /// What the guest said last of a place that it does not let go of: the place and the status, above a bit that says so.
+    refused: AtomicU32,
 }
+
+/// Set in `Control::refused` when there is something.
+const REFUSED: u32 = 1 << 16;
 
 impl Control {
     /// No request yet.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, reason: Mutex::new(None) })
+        Ok(Self {
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            reason: Mutex::new(None),
+            released: AtomicU32::new(0),
+            refused: AtomicU32::new(0),
+        })
+    }
+
+    /// What the guest has said of places since the last look: those that it has let go of, and the last one that it does not, with its
+    /// status.
+    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
+        let released = self.released.swap(0, Ordering::SeqCst);
+        let refused = self.refused.swap(0, Ordering::SeqCst);
+        let [place, status, ..] = refused.to_le_bytes();
+        let places = (0..PLACE_COUNT).filter(|place| released & 1 << place != 0).collect();
+        (places, (refused & REFUSED != 0).then_some((place, status)))
+    }
+
+    fn has_releases(&self) -> bool {
+        self.released.load(Ordering::SeqCst) != 0 || self.refused.load(Ordering::SeqCst) != 0
+    }
+
+    /// Whether the main loop has anything to look at but a stop; clears the descriptor if so.
+    pub fn wants_attention(&self) -> bool {
+        let wants = self.has_releases();
+        if wants {
+            // A stop request is looked at first, and stays in `reason`.
+            let _ = self.event.read();
+        }
+        wants
+    }
+
+    fn wake(&self) {
+        if let Err(e) = self.event.write(1)
+            && e.kind() != io::ErrorKind::WouldBlock
+        {
+            error!("the main loop cannot be woken: {e}");
+        }
     }
 
     /// Readable once a request is there.
@@ -47,14 +94,27 @@ impl Control {
             *noted = Some(reason);
         }
         drop(noted);
-        if let Err(e) = self.event.write(1) {
-            error!("the main loop cannot be woken: {e}");
-        }
+        self.wake();
     }
 
     /// The first request, if there was one.
     pub fn reason(&self) -> Option<StopReason> {
         self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl ReleaseSink for Control {
+    fn released(&self, place: u8, result: Result<(), u8>) {
+        match result {
+            Ok(()) => {
+                self.released.fetch_or(1_u32.checked_shl(u32::from(place)).unwrap_or(0), Ordering::SeqCst);
+            }
+            Err(status) => {
+                let said = REFUSED | u32::from(status) << 8 | u32::from(place);
+                self.refused.store(said, Ordering::SeqCst);
+            }
+        }
+        self.wake();
     }
 }
 
@@ -71,6 +131,21 @@ impl MachineControl for Control {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_guest_says_of_places_takes_no_more_room_the_more_it_says() {
+        let control = Control::new().unwrap();
+        assert!(!control.wants_attention());
+        for _ in 0..1000 {
+            control.released(3, Ok(()));
+            control.released(31, Ok(()));
+            control.released(5, Err(0x82));
+        }
+        assert!(control.wants_attention() && control.event().read().is_err());
+        assert_eq!(control.take_releases(), (vec![3, 31], Some((5, 0x82))));
+        assert_eq!(control.take_releases(), (vec![], None));
+        assert!(!control.wants_attention());
+    }
 
     #[test]
     fn a_signal_is_not_lost_behind_a_reset_and_the_first_end_counts() {

@@ -11,6 +11,7 @@ use log::{error, info};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{Control, StopReason};
+use crate::orders::Orders;
 use crate::remedy::remedy;
 
 /// A device with descriptors to watch.
@@ -41,6 +42,11 @@ pub struct Signals {
 }
 
 impl Signals {
+    /// What becomes readable when a signal has arrived.
+    pub fn descriptors(&self) -> impl Iterator<Item = &UnixStream> {
+        self.pipes.iter().map(|(_, pipe)| pipe)
+    }
+
     /// Takes the signals over, but for a SIGHUP that is ignored: whoever started us wants it so (`nohup`). SIGINT is taken
     /// even so, because a shell script that starts us in the background ignores it, and means nothing by that.
     pub fn install() -> io::Result<Self> {
@@ -100,47 +106,75 @@ impl EventSubscriber for SignalSubscriber {
     }
 }
 
-/// Ends the loop when a stop is asked for.
-struct StopSubscriber(Arc<Control>);
+/// Ends a wait when a stop is asked for, or an operator wants something.
+struct WaitEnder {
+    control: Arc<Control>,
+    orders: Arc<Orders>,
+}
 
-impl EventSubscriber for StopSubscriber {
+impl EventSubscriber for WaitEnder {
     fn process(&self, _events: Events, _ops: &mut EventOps<'_>) {}
 
     fn init(&self, ops: &mut EventOps<'_>) {
-        if let Err(e) = ops.add(Events::new(self.0.event(), EventSet::IN)) {
-            error!("stop requests cannot be watched: {e}");
+        let added = ops
+            .add(Events::new(self.control.event(), EventSet::IN))
+            .and_then(|()| ops.add(Events::new(self.orders.event(), EventSet::IN)));
+        if let Err(e) = added {
+            error!("stop requests and orders cannot be watched: {e}");
         }
     }
+}
+
+/// Why the loop has been left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The machine is to stop.
+    Stop(StopReason),
+    /// There are orders to carry out; the loop goes on after that.
+    Orders,
+    /// The guest has let go of devices, or does not; the loop goes on after that.
+    Releases,
 }
 
 /// The loop of one machine.
 pub struct EventLoop {
     manager: EventManager<Subscriber>,
     control: Arc<Control>,
+    orders: Arc<Orders>,
     subscribers: Vec<SubscriberId>,
 }
 
 impl EventLoop {
-    /// Watches `control`, `signals` and the devices.
+    /// Watches `control`, `orders`, `signals` and the devices.
     pub fn new(
         control: Arc<Control>,
+        orders: Arc<Orders>,
         signals: Arc<Signals>,
         devices: Vec<Subscriber>,
     ) -> Result<Self, EventLoopError> {
         let mut manager = EventManager::<Subscriber>::new()?;
         let mut subscribers = vec![
-            manager.add_subscriber(Arc::new(StopSubscriber(Arc::clone(&control)))),
+            manager.add_subscriber(Arc::new(WaitEnder {
+                control: Arc::clone(&control),
+                orders: Arc::clone(&orders),
+            })),
             manager.add_subscriber(Arc::new(SignalSubscriber { signals, control: Arc::clone(&control) })),
         ];
         subscribers.extend(devices.into_iter().map(|device| manager.add_subscriber(device)));
-        Ok(Self { manager, control, subscribers })
+        Ok(Self { manager, control, orders, subscribers })
     }
 
-    /// Runs until something asks for a stop.
-    pub fn run(&mut self) -> Result<StopReason, EventLoopError> {
+    /// Runs until something asks for a stop or there are orders.
+    pub fn run(&mut self) -> Result<Outcome, EventLoopError> {
         loop {
             if let Some(reason) = self.control.reason() {
-                return Ok(reason);
+                return Ok(Outcome::Stop(reason));
+            }
+            if self.control.wants_attention() {
+                return Ok(Outcome::Releases);
+            }
+            if self.orders.are_waiting() {
+                return Ok(Outcome::Orders);
             }
             match self.manager.run() {
                 Ok(_) => {}

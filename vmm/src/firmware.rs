@@ -1,9 +1,9 @@
 //! What firmware leaves in guest memory: the ACPI tables and SMBIOS, made from the machine as it was assembled.
 
 use acpi::platform::{
-    AddressRange, EventDeviceDescription, FixedHardwareDescription, InterruptDescription,
-    LegacyDeviceDescription, PciDescription, PlatformDescription, PortRange, ResetDescription,
-    RootPortDescription,
+    AddressRange, EventDeviceDescription, FixedHardwareDescription, FunctionDescription,
+    InterruptDescription, LegacyDeviceDescription, PciDescription, PlatformDescription, PortRange,
+    ResetDescription, RootPortDescription,
 };
 use acpi::smbios::SystemIdentity;
 use arch::layout::{self, LayoutError, MemoryMap};
@@ -38,8 +38,10 @@ pub enum FirmwareError {
 pub struct Description {
     /// APIC IDs in the order of the vCPUs.
     pub processors: Vec<u32>,
-    /// Slots of assigned devices.
+    /// Root ports with what is, or may come, below them.
     pub root_ports: Vec<RootPortDescription>,
+    /// Functions that are, or may come, on bus 0.
+    pub functions: Vec<FunctionDescription>,
     /// Whether there is a serial port.
     pub serial: bool,
     /// Who made the machine.
@@ -86,7 +88,7 @@ fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
             },
             intx_gsi_base: layout::PCI_INTX_GSI_BASE,
             root_ports: description.root_ports,
-            functions: Vec::new(),
+            functions: description.functions,
         },
         power_notification: layout::POWER_NOTIFICATION.start.0,
         event_device: EventDeviceDescription {

@@ -1,4 +1,4 @@
-//! One machine, from power-on to power-off or reset: built whole, then frozen, then run, then taken apart in order.
+//! One machine, built whole and then frozen; `running.rs` runs it and takes it apart.
 //!
 //! A guest reboot takes the machine apart and builds it again: every device starts from its reset state, assigned
 //! devices are closed and opened, which resets them. What must survive that (the console's other end, the clock's
@@ -14,14 +14,13 @@ use devices::i8042::{I8042, PORTS as I8042_PORTS};
 use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
 use devices::reset::{MachineControl, ResetControl, ResetRegister};
 use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
-use devices::serial::{Backend, PORTS as SERIAL_PORTS, Serial, SerialError};
+use devices::serial::{Backend, BackendError, PORTS as SERIAL_PORTS, Serial, SerialError};
 use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::Windows;
 use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
 use kvm_ioctls::{Kvm, VmFd};
-use log::{debug, info};
-use pci::assign::{Aperture, Apertures, AssignError};
+use pci::assign::{Aperture, Apertures, AssignError, Assignment as Plan};
 use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
 use pci::ecam::{CAM_LEN, Cam, ECAM_LEN, Ecam};
 use pci::host_bridge::HostBridge;
@@ -32,19 +31,21 @@ use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 use vm_device::{DeviceMmio, DevicePio};
 
-use crate::assigned::{
-    AssignedError, Assignment, Slot, Surroundings, build_slots, check_places, device_paths,
-};
-use crate::config::{ConfigError, VmConfig};
-use crate::control::{Control, StopReason};
+use crate::assigned::{AssignedError, Assignment, Surroundings, device_paths};
+use crate::config::{ConfigError, DeviceConfig, VmConfig};
+use crate::control::Control;
 use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
+use crate::events::Events;
 use crate::firmware::{self, FirmwareError};
+use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::irq::{Gsi, IrqRouter};
 use crate::memory::{GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
+use crate::orders::Orders;
+use crate::places::{Place, Reserve, build_places, check_places};
 use crate::remedy::remedy;
-use crate::vcpu::{FaultCure, VcpuContext, Vcpus};
+use crate::vcpu::VcpuContext;
 
 /// A machine that cannot be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +89,9 @@ pub enum MachineError {
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// The other end of the serial port.
+    #[error(transparent)]
+    Console(#[from] BackendError),
     /// The clock.
     #[error(transparent)]
     Rtc(#[from] RtcError),
@@ -117,34 +121,16 @@ fn resources(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// What outlives one machine: kept over guest reboots.
 #[derive(Debug)]
 pub struct Lifetime {
-    kvm: Kvm,
-    signals: Arc<Signals>,
-    console: Option<Arc<Backend>>,
-    battery: Battery,
+    pub(crate) kvm: Arc<Kvm>,
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) orders: Arc<Orders>,
+    pub(crate) events: Events,
+    pub(crate) console: Option<Arc<Backend>>,
+    pub(crate) battery: Battery,
     /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
-    latched: Vec<Bdf>,
-}
-
-impl Lifetime {
-    /// For a VMM that has just started.
-    pub fn new(kvm: Kvm, signals: Signals, console: Option<Arc<Backend>>) -> Self {
-        Self { kvm, signals: Arc::new(signals), console, battery: Battery::default(), latched: Vec::new() }
-    }
-
-    /// Whether a signal to end has arrived while no machine ran.
-    pub fn is_told_to_end(&self) -> bool {
-        self.signals.pending().is_some()
-    }
-}
-
-/// Closes BARs of all assigned functions when a vCPU finds their memory gone.
-struct CloseBars(Vec<Arc<devices::vfio::function::VfioFunction>>);
-
-impl FaultCure for CloseBars {
-    fn close_direct_mappings(&self, again: bool) -> bool {
-        // All of them, not only the first that had something to close.
-        self.0.iter().filter(|function| function.close_direct(again)).count() > 0
-    }
+    pub(crate) latched: Vec<Bdf>,
+    /// Whether devices can come and go: only where there is an API to say so.
+    pub(crate) hotplug: bool,
 }
 
 /// The buses while they are filled.
@@ -177,21 +163,17 @@ impl Buses {
 
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
-    vcpus: Vec<kvm_ioctls::VcpuFd>,
-    event_loop: EventLoop,
-    context: VcpuContext,
-    rtc: Arc<Rtc>,
+    pub(crate) vcpus: Vec<kvm_ioctls::VcpuFd>,
+    pub(crate) event_loop: EventLoop,
+    pub(crate) context: VcpuContext,
+    pub(crate) rtc: Arc<Rtc>,
+    pub(crate) event_device: Arc<EventDevice>,
     // The power domains first, since their workers drive the functions' hardware; the functions with the last
     // reference to the buses; then the descriptors, the IOMMU context, and last of all the RAM that it maps.
-    slots: Vec<Slot>,
-    _iommu: Option<Iommu>,
-    ram: GuestRam,
-}
-
-/// The opened functions and the context that they are in.
-struct Iommu {
-    _handles: Vec<Arc<Handle>>,
-    _context: Arc<IommuContext>,
+    pub(crate) assigned: AssignedDevices,
+    pub(crate) ram: GuestRam,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) plan: Plan,
 }
 
 impl Machine {
@@ -200,7 +182,11 @@ impl Machine {
         // What can be wrong without a guest is found out before any device is touched.
         let images = open_images(config)?;
         let devices = check_devices(config)?;
-        check_places(&devices)?;
+        let reserve = Reserve {
+            hotplug: lifetime.hotplug,
+            ports: config.platform.as_ref().map_or(0, |platform| platform.hotplug_ports),
+        };
+        check_places(&devices, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
 
@@ -243,7 +229,7 @@ impl Machine {
             layout::RESET_REGISTER.len,
             Arc::new(ResetRegister::new(as_control())),
         )?;
-        let events = Arc::new(EventDevice::new(line(layout::EVENT_DEVICE_GSI)?));
+        let events = Arc::new(EventDevice::new(line(layout::EVENT_DEVICE_GSI)?, Arc::clone(&control) as _));
         buses.mmio(
             "event device",
             layout::EVENT_DEVICE.start.0,
@@ -256,21 +242,18 @@ impl Machine {
         let low_ram_end = map.low_ram_end();
 
         let windows = bar_windows(&map, &mut buses)?;
-        let (slots, iommu) = match open_devices(config, &devices, &vm, ram.memory())? {
-            Some((handles, context)) => {
-                let around = Surroundings {
-                    router: Arc::clone(&router),
-                    mapper: Arc::new(BarMapper(Arc::clone(&memslots))),
-                    windows,
-                    wake: events,
-                    latched: lifetime.latched.clone(),
-                };
-                let slots = build_slots(&devices, &handles, &around)?;
-                (slots, Some(Iommu { _handles: handles, _context: context }))
-            }
-            None => (Vec::new(), None),
+        let around = Surroundings {
+            router: Arc::clone(&router),
+            mapper: Arc::new(BarMapper(Arc::clone(&memslots))),
+            windows,
+            wake: Arc::clone(&events) as _,
+            latched: lifetime.latched.clone(),
+            events: lifetime.events.clone(),
         };
-        let bus = pci_bus(&slots, &map)?;
+        let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory())?;
+        let places = build_places(&devices, &handles, &around, reserve)?;
+        drop(handles);
+        let (bus, plan) = pci_bus(&places, &map)?;
         buses.mmio(
             "PCI configuration space",
             layout::PCI_ECAM.start.0,
@@ -281,20 +264,20 @@ impl Machine {
             "PCI configuration ports",
             layout::PCI_CONFIG_PORT,
             CAM_LEN,
-            Arc::new(ConfigPorts::new(bus, as_control())),
+            Arc::new(ConfigPorts::new(Arc::clone(&bus), as_control())),
         )?;
-        let domains = slots.iter().map(|slot| Arc::clone(&slot.domain)).collect();
-        let notify = Arc::new(NotifyDevice::new(domains));
+        let notify = Arc::new(NotifyDevice::new(Vec::new()));
         buses.mmio(
             "power notification device",
             layout::POWER_NOTIFICATION.start.0,
             layout::POWER_NOTIFICATION.len,
-            notify,
+            Arc::clone(&notify) as _,
         )?;
 
         let description = firmware::Description {
             processors: processors.apic_ids(),
-            root_ports: slots.iter().map(Slot::description).collect(),
+            root_ports: places.iter().filter_map(Place::port_description).collect(),
+            functions: places.iter().filter_map(Place::bus_0_description).collect(),
             serial: lifetime.console.is_some(),
             identity: config.platform.clone().unwrap_or_default().identity()?,
         };
@@ -306,36 +289,19 @@ impl Machine {
         arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
         let vcpus = processors.create(&vm, &entry)?;
 
-        let functions =
-            slots.iter().flat_map(|slot| &slot.functions).map(|(function, _)| Arc::clone(function));
+        let close_bars = Arc::new(CloseBars::default());
         let context = VcpuContext {
             io: Arc::new(buses.0),
             control: Arc::clone(&control),
-            faults: Arc::new(CloseBars(functions.collect())),
+            faults: Arc::clone(&close_bars) as _,
         };
-        let event_loop = EventLoop::new(control, Arc::clone(&lifetime.signals), subscribers)?;
-        Ok(Self { vcpus, event_loop, context, rtc, slots, _iommu: iommu, ram })
-    }
-
-    /// Runs the machine until it stops, and takes it apart.
-    pub fn run(mut self, lifetime: &mut Lifetime) -> Result<StopReason, MachineError> {
-        let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.context)
-            .map_err(resources("the threads of the vCPUs"))?;
-        info!("the guest runs");
-        let reason = self.event_loop.run();
-        vcpus.stop();
-        lifetime.battery = self.rtc.battery();
-        lifetime.latched.clear();
-        for slot in &self.slots {
-            slot.domain.shutdown();
-            lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
-        }
-        debug!("the machine is taken apart: {} slots, RAM {:?}", self.slots.len(), self.ram);
-        drop(self);
-        match reason? {
-            StopReason::Fault(cause) => Err(MachineError::Fault(cause)),
-            reason => Ok(reason),
-        }
+        let board =
+            Board { bus: Arc::clone(&bus), notify, event_device: Arc::clone(&events), close_bars, around };
+        let assigned = AssignedDevices::new(places, board, iommu)?;
+        plan.program(&bus);
+        let orders = Arc::clone(&lifetime.orders);
+        let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
+        Ok(Self { vcpus, event_loop, context, rtc, event_device: events, assigned, ram, vm, plan })
     }
 }
 
@@ -350,10 +316,20 @@ fn open_images(config: &VmConfig) -> Result<BootImages, MachineError> {
 }
 
 fn check_devices(config: &VmConfig) -> Result<Vec<Assignment>, MachineError> {
-    let configs = config.devices.clone().unwrap_or_default();
+    check_some_devices(config, config.devices.clone().unwrap_or_default())
+}
+
+/// Whether these devices can be given to a machine of this configuration, of which nothing is opened or changed.
+///
+/// # Errors
+/// See [`CheckError`].
+pub fn check_some_devices(
+    config: &VmConfig,
+    devices: Vec<DeviceConfig>,
+) -> Result<Vec<Assignment>, MachineError> {
     let hosts =
-        Preflight::default().check(&device_paths(&configs), context_kind(config), config.memory.size)?;
-    Ok(hosts.into_iter().zip(configs).map(|(host, config)| Assignment { host, config }).collect())
+        Preflight::default().check(&device_paths(&devices), context_kind(config), config.memory.size)?;
+    Ok(hosts.into_iter().zip(devices).map(|(host, config)| Assignment { host, config }).collect())
 }
 
 fn context_kind(config: &VmConfig) -> ContextKind {
@@ -361,24 +337,25 @@ fn context_kind(config: &VmConfig) -> ContextKind {
     if iommufd { ContextKind::Iommufd } else { ContextKind::Container }
 }
 
-type Opened = (Vec<Arc<Handle>>, Arc<IommuContext>);
-
 /// Opens all assigned functions and maps guest memory for them.
 fn open_devices(
     config: &VmConfig,
     devices: &[Assignment],
     vm: &Arc<VmFd>,
     memory: &vm_memory::GuestMemoryMmap,
-) -> Result<Option<Opened>, MachineError> {
-    let Some(first) = devices.first() else { return Ok(None) };
-    let context =
-        Arc::new(IommuContext::new(context_kind(config), Some(hypervisor::create_vfio_device(vm)?))?);
+) -> Result<(Vec<Arc<Handle>>, Iommu), MachineError> {
+    let kind = context_kind(config);
+    let Some(first) = devices.first() else {
+        return Ok((Vec::new(), Iommu { kind, kvm: None, context: None }));
+    };
+    let kvm = Arc::new(hypervisor::create_vfio_device(vm)?);
+    let context = Arc::new(IommuContext::new(kind, Some(Arc::clone(&kvm)))?);
     let handles = devices
         .iter()
         .map(|device| context.open(device.host.bdf, &device.host.dir, device.config.id.as_deref()))
         .collect::<Result<Vec<_>, _>>()?;
     dma::map_guest_memory(&context, memory, first.host.bdf)?;
-    Ok(Some((handles, context)))
+    Ok((handles, Iommu { kind, kvm: Some(kvm), context: Some(context) }))
 }
 
 fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineError> {
@@ -397,12 +374,12 @@ fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineErr
     Ok(windows)
 }
 
-/// Bus 0 with its bridges, numbered and with all BARs at their addresses.
-fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<Arc<RootBus>, MachineError> {
+/// Bus 0 with its bridges, and where all BARs are to be; functions on bus 0 itself are still to come.
+fn pci_bus(places: &[Place], map: &MemoryMap) -> Result<(Arc<RootBus>, Plan), MachineError> {
     let mut bus = RootBusBuilder::new();
     bus.add_function(DevFn::from_bits(0), Arc::new(HostBridge::new())).map_err(MachineError::Bus)?;
-    for slot in slots {
-        bus.add_bridge(slot.port.devfn(), Arc::clone(&slot.port) as _).map_err(MachineError::Bus)?;
+    for port in places.iter().filter_map(|place| place.seat.port()) {
+        bus.add_bridge(port.devfn(), Arc::clone(port) as _).map_err(MachineError::Bus)?;
     }
     let aperture = |range: layout::AddressRange| Aperture { start: range.start.0, size: range.len };
     let apertures = Apertures {
@@ -413,11 +390,10 @@ fn pci_bus(slots: &[Slot], map: &MemoryMap) -> Result<Arc<RootBus>, MachineError
             size: u64::from(layout::PCI_IO_LAST - layout::PCI_IO_START) + 1,
         },
     };
-    let needs: Vec<_> = slots.iter().map(Slot::needs).collect();
-    let plan = pci::assign::assign(&[], &needs, &apertures)?;
-    let bus = Arc::new(bus.build());
-    plan.program(&bus);
-    Ok(bus)
+    let on_bus_0: Vec<_> = places.iter().filter_map(Place::bus_0_needs).collect();
+    let below: Vec<_> = places.iter().filter_map(Place::port_needs).collect();
+    let plan = pci::assign::assign(&on_bus_0, &below, &apertures)?;
+    Ok((Arc::new(bus.build()), plan))
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in the middle of it.

@@ -3,6 +3,7 @@
 //! This file reads the command line, runs what was asked for, and turns the outcome into one line on standard error
 //! and an exit status: 0 when the guest switched itself off or the VMM was asked to end, 1 otherwise. The doctor's says how bad it is.
 
+mod api;
 mod assigned;
 mod cli;
 mod client;
@@ -11,19 +12,29 @@ mod control;
 mod ctl;
 mod doctor;
 mod event_loop;
+mod events;
 mod firmware;
+mod hotplug;
 mod hypervisor;
 mod irq;
+mod lifecycle;
 mod logger;
 mod machine;
 mod manual;
 mod memory;
 mod memslot;
+mod orders;
 mod output;
+mod places;
+mod power_events;
 mod remedy;
+mod running;
+mod sockets;
+mod status;
 mod table;
 mod top;
 mod vcpu;
+mod vm_error;
 
 use std::error::Error;
 use std::fs::File;
@@ -31,16 +42,20 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use devices::serial::{self, Backend};
+use devices::serial;
 use devices::vfio::bind::Binder;
-use log::{LevelFilter, info};
+use log::LevelFilter;
 
-use crate::cli::Action;
+use crate::api::{Access, Api};
+use crate::cli::{Action, ControlOptions};
 use crate::config::VmConfig;
-use crate::control::StopReason;
 use crate::event_loop::Signals;
-use crate::machine::{Lifetime, Machine};
+use crate::events::{Events, Monitor};
+use crate::lifecycle::Lifecycle;
+use crate::orders::Orders;
 use crate::remedy::remedy;
+use crate::sockets::{Listener, open_output};
+use crate::status::Status;
 
 fn main() -> ExitCode {
     let start = Instant::now();
@@ -67,10 +82,10 @@ fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
         Action::Ctl(args) => ctl::run(&args)?,
         Action::Top(args) => top::run(&args)?,
         Action::Man(directory) => manual::pages(cli::shown(), &directory)?,
-        Action::Run { config, log } => {
+        Action::Run { config, options, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
             logger::init(file, log.level, start)?;
-            run_machine(&config)?;
+            run_vmm(config, &options, start)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -85,36 +100,68 @@ fn open_log(path: &std::path::Path) -> Result<File, String> {
     })
 }
 
-/// Runs the machine, again after each reset of the guest.
-fn run_machine(config: &VmConfig) -> Result<(), Box<dyn Error>> {
-    config.validate()?;
+/// Runs a VMM until it is to end: with the machine of the command line, and with those that come through the API.
+fn run_vmm(
+    config: Option<Box<VmConfig>>,
+    options: &ControlOptions,
+    start: Instant,
+) -> Result<(), Box<dyn Error>> {
+    if let Some(config) = &config {
+        config.validate()?;
+    }
     if let Err(e) = rustix::thread::set_name(logger::MAIN_THREAD) {
         log::debug!("the main thread keeps its name: {e}");
     }
     raise_descriptor_limit();
+    // Before the API can be reached: who starts us opens the other end of the pipe only then.
+    let monitor = match &options.event_monitor {
+        Some(endpoint) => {
+            let file = open_output("--event-monitor", endpoint)?;
+            Some(Monitor::start(file, start).map_err(|e| format!("--event-monitor: {e}; {}", remedy(&e)))?)
+        }
+        None => None,
+    };
+    let events = monitor.as_ref().map_or_else(|| Events::nowhere(start), |monitor| monitor.events().clone());
+    events.tell("vmm", "starting");
+    // These before the threads of the API, which are not to get the signals nor see another file mode mask.
     let kvm = hypervisor::open()?;
     let signals =
         Signals::install().map_err(|e| format!("signals cannot be handled: {e}; {}", remedy(&e)))?;
-    let console = Backend::open(&config.serial.serial_mode())?;
-    if let Some(path) = console.as_ref().and_then(|console| console.pty_path()) {
-        announce(&format!("the serial port is at {}", path.display()));
+    let orders =
+        Arc::new(Orders::new().map_err(|e| format!("no descriptor for orders: {e}; {}", remedy(&e)))?);
+    let status = Arc::new(Status::default());
+    let api = Arc::new(Api { status: Arc::clone(&status), orders: Arc::clone(&orders), start });
+    let _sockets = listen(options, &api)?;
+    let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options);
+    if let Some(config) = config {
+        lifecycle.create_and_boot(*config)?;
     }
-    let mut lifetime = Lifetime::new(kvm, signals, console.as_ref().map(Arc::clone));
-    let result = loop {
-        match Machine::build(config, &lifetime).and_then(|machine| machine.run(&mut lifetime)) {
-            Ok(StopReason::Reset) if lifetime.is_told_to_end() => break Ok(()),
-            Ok(StopReason::Reset) => info!("the guest resets"),
-            Ok(reason) => {
-                info!("the machine has stopped: {reason:?}");
-                break Ok(());
-            }
-            Err(e) => break Err(e),
+    Ok(lifecycle.run()?)
+}
+
+/// Opens the sockets that the options name, and the one that shows this VMM to those who look for VMMs. They go with what is returned.
+fn listen(options: &ControlOptions, api: &Arc<Api>) -> Result<Vec<Listener>, Box<dyn Error>> {
+    let mut listeners = Vec::new();
+    let named = [
+        ("--api-socket", &options.api_socket, Access::Full),
+        ("--metrics-socket", &options.metrics_socket, Access::Metrics),
+    ];
+    for (option, endpoint, access) in named {
+        if let Some(endpoint) = endpoint {
+            listeners.push((Listener::open(option, endpoint)?, access));
         }
-    };
-    if let Some(console) = console {
-        console.flush();
     }
-    Ok(result?)
+    match Listener::status() {
+        Ok(listener) => listeners.push((listener, Access::ReadOnly)),
+        Err(e) => log::debug!("no status socket: {e}; `dormouse top` will not find this VM"),
+    }
+    let mut kept = Vec::new();
+    for (listener, access) in listeners {
+        let no_thread = |e| format!("the API has no thread: {e}; {}", remedy(&e));
+        api::serve(listener.accepting().map_err(no_thread)?, Arc::clone(api), access).map_err(no_thread)?;
+        kept.push(listener);
+    }
+    Ok(kept)
 }
 
 /// Every interrupt vector of an assigned device takes a descriptor; the usual soft limit is soon reached.
@@ -124,15 +171,6 @@ fn raise_descriptor_limit() {
     limit.current = limit.maximum;
     if let Err(e) = setrlimit(Resource::Nofile, limit) {
         log::debug!("the limit on open files stays as it is: {e}");
-    }
-}
-
-/// Tells the user, in the log if that shows it and otherwise on standard error.
-fn announce(text: &str) {
-    if log::max_level() >= LevelFilter::Info {
-        info!("{text}");
-    } else {
-        eprintln!("dormouse: {text}");
     }
 }
 

@@ -5,9 +5,10 @@
 //! memory gone (a BAR whose device the host took away) closes those BARs and goes on.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use log::{debug, error, warn};
@@ -44,11 +45,62 @@ pub struct VcpuContext {
     pub faults: Arc<dyn FaultCure>,
 }
 
+/// What all vCPU threads are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Mode {
+    Run,
+    /// Stay out of the guest until told otherwise.
+    Pause,
+    /// End.
+    Stop,
+}
+
+/// Tells the vCPU threads what to do, and counts those that have stopped for a pause.
+#[derive(Debug, Default)]
+struct Turnstile {
+    mode: AtomicU8,
+    parked: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Turnstile {
+    fn set(&self, mode: Mode) {
+        // Under the lock, so that a thread on its way into `park` does not miss it.
+        let _parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        self.mode.store(mode as u8, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn is(&self, mode: Mode) -> bool {
+        self.mode.load(Ordering::SeqCst) == mode as u8
+    }
+
+    /// Waits for the end of a pause.
+    fn park(&self) {
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        *parked += 1;
+        self.changed.notify_all();
+        parked =
+            self.changed.wait_while(parked, |_| self.is(Mode::Pause)).unwrap_or_else(PoisonError::into_inner);
+        *parked -= 1;
+        self.changed.notify_all();
+    }
+
+    fn parked(&self) -> usize {
+        *self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The running vCPU threads.
 pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
+    turnstile: Arc<Turnstile>,
+    nmi: Arc<AtomicBool>,
 }
+
+/// How often a vCPU that is still in the guest is called out of it.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
 extern "C" fn kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
@@ -57,10 +109,13 @@ impl Vcpus {
     pub fn start(vcpus: Vec<VcpuFd>, context: &VcpuContext) -> io::Result<Self> {
         // The signal's only work is to end KVM_RUN.
         register_signal_handler(SIGRTMIN(), kick).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        let mut started = Self { threads: Vec::with_capacity(vcpus.len()), stop: Arc::default() };
+        let mut started =
+            Self { threads: Vec::with_capacity(vcpus.len()), turnstile: Arc::default(), nmi: Arc::default() };
         // The first vCPU starts the others, so it goes last: then they are all there.
         for (number, fd) in vcpus.into_iter().enumerate().rev() {
-            let vcpu = Vcpu { number, fd, context: context.clone(), stop: Arc::clone(&started.stop) };
+            let turnstile = Arc::clone(&started.turnstile);
+            let nmi = (number == 0).then(|| Arc::clone(&started.nmi));
+            let vcpu = Vcpu { number, fd, context: context.clone(), turnstile, nmi };
             match thread::Builder::new()
                 .name(format!("vcpu{number}"))
                 .stack_size(STACK_BYTES)
@@ -76,18 +131,48 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Takes all vCPUs out of the guest and waits for their threads.
-    pub fn stop(self) {
-        self.stop.store(true, Ordering::SeqCst);
-        // A signal that arrives just before KVM_RUN would be lost; so it is sent until every thread is done.
-        while self.threads.iter().any(|thread| !thread.is_finished()) {
+    /// Takes all vCPUs out of the guest, and returns once they are. One that is in the middle of an access ends that first.
+    pub fn pause(&self) {
+        self.turnstile.set(Mode::Pause);
+        self.kick_until(|_| {
+            let ended = self.threads.iter().filter(|thread| thread.is_finished()).count();
+            self.turnstile.parked() + ended >= self.threads.len()
+        });
+    }
+
+    /// Lets paused vCPUs go on.
+    pub fn resume(&self) {
+        self.turnstile.set(Mode::Run);
+    }
+
+    /// Gives the first vCPU a non-maskable interrupt, as the button of a server does.
+    pub fn nmi(&self) {
+        self.nmi.store(true, Ordering::SeqCst);
+        if self.turnstile.is(Mode::Pause) {
+            // It comes with the end of the pause.
+            return;
+        }
+        self.kick_until(|threads| {
+            !self.nmi.load(Ordering::SeqCst) || threads.iter().all(JoinHandle::is_finished)
+        });
+    }
+
+    /// Sends the signal until `done`: one that arrives just before `KVM_RUN` would be lost.
+    fn kick_until(&self, done: impl Fn(&[JoinHandle<()>]) -> bool) {
+        while !done(&self.threads) {
             for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
                 if let Err(e) = thread.kill(SIGRTMIN()) {
                     debug!("a vCPU thread takes no signal any more: {e}");
                 }
             }
-            thread::park_timeout(std::time::Duration::from_millis(1));
+            thread::park_timeout(KICK_INTERVAL);
         }
+    }
+
+    /// Takes all vCPUs out of the guest and waits for their threads.
+    pub fn stop(self) {
+        self.turnstile.set(Mode::Stop);
+        self.kick_until(|threads| threads.iter().all(JoinHandle::is_finished));
         for thread in self.threads {
             if thread.join().is_err() {
                 error!("a vCPU thread panicked");
@@ -100,7 +185,9 @@ struct Vcpu {
     number: usize,
     fd: VcpuFd,
     context: VcpuContext,
-    stop: Arc<AtomicBool>,
+    turnstile: Arc<Turnstile>,
+    /// Set when a non-maskable interrupt is wanted; the first vCPU has it.
+    nmi: Option<Arc<AtomicBool>>,
 }
 
 /// What to do after an exit.
@@ -112,7 +199,21 @@ enum Next {
 impl Vcpu {
     fn run(mut self) {
         let mut faults = 0;
-        while !self.stop.load(Ordering::SeqCst) {
+        loop {
+            if self.turnstile.is(Mode::Stop) {
+                return;
+            }
+            if self.turnstile.is(Mode::Pause) {
+                // So that the guest's watchdogs do not take the pause for a hang. A guest without a KVM clock has none to tell.
+                let _unused_clock = self.fd.kvmclock_ctrl();
+                self.turnstile.park();
+                continue;
+            }
+            if self.nmi.as_ref().is_some_and(|nmi| nmi.swap(false, Ordering::SeqCst))
+                && let Err(e) = self.fd.nmi()
+            {
+                error!("vCPU {}: no non-maskable interrupt: {e}", self.number);
+            }
             let next = match self.step() {
                 Ok(next) => {
                     faults = 0;

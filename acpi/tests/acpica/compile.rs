@@ -44,6 +44,7 @@ fn the_dsdt_of_a_machine_full_of_devices_compiles() {
             functions: vec![acpi::platform::FunctionDescription {
                 devfn: pci::DevFn::from_bits(0),
                 resource: Some(acpi::ResourceIndex(120 + i)),
+                place: None,
             }],
         })
         .collect();
@@ -71,8 +72,8 @@ fn a_node_with_a_resource_lists_it_in_every_state_and_a_node_without_has_only_it
         "Name (_S0W, 0x04)",
         "Method (_DSM, 4",
     ] {
-        // The port, its two functions, and the function on bus 0.
-        assert_eq!(source.matches(object).count(), 4, "{object}\n{source}");
+        // The port, its two functions, and two places on bus 0.
+        assert_eq!(source.matches(object).count(), 5, "{object}\n{source}");
     }
     for address in ["0x00010000", "0x00020000", "0x00030000"] {
         assert!(source.contains(address), "{address}\n{source}");
@@ -84,7 +85,7 @@ fn a_node_with_a_resource_lists_it_in_every_state_and_a_node_without_has_only_it
     for state in ["_S1", "_S2", "_S3,", "_S4"] {
         assert!(!source.contains(&format!(r"Name (\{state}")), "soft-off is the only sleep state\n{source}");
     }
-    assert_eq!(source.matches("Method (_STA,").count(), 4, "only power resources have a status\n{source}");
+    assert_eq!(source.matches("Method (_STA,").count(), 5, "only power resources have a status\n{source}");
 }
 
 #[test]

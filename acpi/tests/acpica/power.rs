@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use acpi::event_abi::{EVENT_POWER_BUTTON, EVENT_WAKE};
+use acpi::event_abi::{EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE};
 use acpi::notify_abi::{
     REQUEST_OFF, REQUEST_ON, ResourceIndex, STATUS_BUSY, STATUS_LOST, STATUS_ON, request_offset,
 };
@@ -169,6 +169,31 @@ fn a_pressed_power_button_notifies_the_button() {
     let notified: Vec<&str> = output.lines().filter(|line| line.contains("Received a")).collect();
     assert_eq!(notified.len(), 1, "{output}");
     assert!(notified[0].contains("[PWRB]") && notified[0].contains("0x80"), "{output}");
+}
+
+#[test]
+fn functions_that_come_and_go_are_notified_by_their_place() {
+    // Bit 2 in every byte: EVENTS says places, and ADDED and LEAVING name place 10 but not 5.
+    let output = interpret(u8::try_from(EVENT_PLACES).unwrap(), &[r"evaluate \_SB.GED._EVT A"]);
+    let notified: Vec<&str> = output.lines().filter(|line| line.contains("Received a")).collect();
+    assert_eq!(notified.len(), 2, "{output}");
+    assert!(notified.iter().all(|line| line.contains("[S50_]")), "{output}");
+    // Each handler is a thread of its own there, so they come in any order.
+    for value in ["0x01", "0x03"] {
+        assert!(notified.iter().any(|line| line.contains(value)), "{output}");
+    }
+}
+
+#[test]
+fn what_the_guest_says_of_an_eject_request_and_of_nothing_else_is_reported_with_its_place() {
+    let report = |event: u32, status: u32| {
+        let method = format!(r"evaluate \_SB.PCI0.S50_._OST {event} {status} (00)");
+        let output = interpret(0, &[&method, &evaluate(r"\_SB.GED_.RLSD")]);
+        integers(&output).pop().unwrap()
+    };
+    assert_eq!(report(3, 0), 10);
+    assert_eq!(report(3, 0x82), 0x820a);
+    assert_eq!(report(1, 0), 0, "a device check is not an ejection");
 }
 
 #[test]

@@ -13,12 +13,13 @@ pub const NOTIFICATION: u64 = 0xfed1_0000;
 pub const EVENTS: u64 = 0xfed2_0000;
 
 /// Port 1.0 (resource 0) with functions 0.0 (resource 1) and 0.1 (resource 200), port 2.0 without power control and
-/// function 0.0 below it; function 3.0 (resource 33) on bus 0.
+/// function 0.0 below it; function 3.0 (resource 33) on bus 0, and a.0 (resource 34) and 5.0 that come and go.
 pub fn machine() -> PlatformDescription {
     let devfn = |device, function| DevFn::new(device, function).unwrap();
     let function = |device, number, resource: Option<u8>| FunctionDescription {
         devfn: devfn(device, number),
         resource: resource.map(ResourceIndex),
+        place: None,
     };
     PlatformDescription {
         processors: vec![0, 1, 2, 3],
@@ -45,7 +46,12 @@ pub fn machine() -> PlatformDescription {
                     functions: vec![function(0, 0, None)],
                 },
             ],
-            functions: vec![function(3, 0, Some(33))],
+            functions: vec![
+                function(3, 0, Some(33)),
+                // An empty place, and one whose function can go.
+                FunctionDescription { place: Some(10), ..function(10, 0, Some(34)) },
+                FunctionDescription { place: Some(5), ..function(5, 0, None) },
+            ],
         },
         power_notification: NOTIFICATION,
         event_device: EventDeviceDescription { address: EVENTS, gsi: 10 },

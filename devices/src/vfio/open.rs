@@ -81,8 +81,7 @@ impl fmt::Debug for IommuContext {
 
 impl IommuContext {
     /// Makes the context. `kvm` is KVM's VFIO device: the kernel then knows which guest the groups belong to.
-    pub fn new(kind: ContextKind, kvm: Option<VfioDeviceFd>) -> Result<Self, OpenError> {
-        let kvm = kvm.map(Arc::new);
+    pub fn new(kind: ContextKind, kvm: Option<Arc<VfioDeviceFd>>) -> Result<Self, OpenError> {
         let ops: Arc<dyn VfioOps> = match kind {
             ContextKind::Container => Arc::new(VfioContainer::new(kvm).map_err(|e| OpenError::Context {
                 node: "/dev/vfio/vfio",

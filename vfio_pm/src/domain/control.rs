@@ -27,6 +27,9 @@ pub enum ControlError {
     /// There is nothing to recover.
     #[error("device {0} is not lost, so there is nothing to recover; look at its state first")]
     NotLost(Bdf),
+    /// It cannot be woken.
+    #[error("device {0} is lost, so it cannot be woken; have it reset instead")]
+    Lost(Bdf),
     /// A policy that makes no sense.
     #[error(transparent)]
     Policy(#[from] PolicyError),
@@ -138,6 +141,27 @@ impl PowerDomain {
         latched.is_some()
     }
 
+    /// Ends low power of a function that sleeps, on the worker's thread, and tells the guest as if the device had asked for it. A guest
+    /// that wants no wakes of it lets it sleep again after a moment. Whether it slept: nothing is done to one that does not.
+    ///
+    /// # Errors
+    /// There is no such function, or it is lost.
+    pub fn wake(&self, bdf: Bdf) -> Result<bool, ControlError> {
+        let number = self.shared.by_bdf(bdf)?;
+        let sleeps = {
+            let mut state = lock(&self.shared.state);
+            let member = &mut state.members[number];
+            if matches!(member.power.hardware, Hardware::Lost | Hardware::Resetting) {
+                return Err(ControlError::Lost(bdf));
+            }
+            let sleeps = matches!(member.power.hardware, Hardware::LowPower | Hardware::Entering);
+            member.wake.wanted = sleeps;
+            sleeps
+        };
+        self.shared.kick();
+        Ok(sleeps)
+    }
+
     /// Resets a lost device on the worker's thread. The report and the log say what came of it. The latch stays.
     ///
     /// # Errors
@@ -185,3 +209,6 @@ fn too_deep(power: PowerState, choice: PowerChoice) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

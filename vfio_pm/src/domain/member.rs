@@ -62,6 +62,8 @@ pub(crate) struct WakeState {
     pub(crate) at: Option<Instant>,
     /// Its cause is still to be booked.
     pub(crate) unbooked: bool,
+    /// An operator wants the function woken.
+    pub(crate) wanted: bool,
 }
 
 /// Whether low power may be entered now.

@@ -18,8 +18,8 @@ use crate::low_power::EnterError;
 use crate::offer::PowerChoice;
 use crate::policy::{LostPolicy, Policy};
 use crate::spec::MemberSpec;
-use crate::state::{Operation, PowerEvent};
-use crate::stats::{Denial, FailureKind};
+use crate::state::{Hardware, Operation, PowerEvent};
+use crate::stats::{Denial, FailureKind, WakeCause};
 
 /// The token of the kick eventfd; wakeup eventfds have the member's number above their generation.
 const KICK: u64 = u64::MAX;
@@ -87,6 +87,8 @@ enum Job {
     PutOff(Duration),
     /// Low power is not to be: log why.
     Denied(Denial),
+    /// An operator wants it woken.
+    Wake,
     Deliver,
     Confirm,
     Retry,
@@ -158,6 +160,11 @@ impl Worker {
             if let Some(operation) = member.operation.take() {
                 jobs.push((number, Job::Operate(operation)));
             }
+            // One that is still on its way into low power is woken once it is there.
+            if member.wake.wanted && !member.power.hardware.is_busy() {
+                member.wake.wanted = false;
+                jobs.push((number, Job::Wake));
+            }
             if !paused && std::mem::take(&mut member.wake.deferred) {
                 jobs.push((number, Job::Deliver));
             }
@@ -184,6 +191,7 @@ impl Worker {
             Job::Operate(Operation::SetD3hot) => self.set_d3hot(number),
             Job::Operate(Operation::SetD0) => self.set_d0(number),
             Job::Operate(Operation::Reset) => self.reset(number),
+            Job::Wake => self.wake(number),
             Job::Deliver => self.shared.deliver_wake(number),
             Job::Confirm => self.shared.confirm_wake(number),
             Job::Retry => self.shared.retry_wake(number),
@@ -310,6 +318,37 @@ impl Worker {
                 self.back(number);
             }
             Some((kind, what)) => self.not_back(number, kind, &what, now),
+        }
+    }
+
+    /// Wakes the device for an operator. The guest hears of it as of any wake; it has the last word on what follows.
+    fn wake(&mut self, number: usize) {
+        let shared = Arc::clone(&self.shared);
+        let bdf = shared.members[number].bdf;
+        if lock(&shared.state).members[number].power.hardware != Hardware::LowPower {
+            return;
+        }
+        if let Err(error) = shared.spec(number).low_power.exit() {
+            let message = format!("not woken for the operator: {}", chain(&error));
+            log::warn!("power {bdf}: {message}");
+            lock(&shared.state).members[number].failed(FailureKind::ExitRefused, message, Instant::now());
+            return;
+        }
+        self.disarm(number);
+        let now = Instant::now();
+        let woken = {
+            let mut state = lock(&shared.state);
+            let member = &mut state.members[number];
+            let woken = member.apply(PowerEvent::Woke, now).woken;
+            if woken {
+                member.wake.unbooked = false;
+                member.woken(WakeCause::Host, now);
+            }
+            woken
+        };
+        if woken {
+            log::info!("power {bdf}: woken for the operator");
+            shared.deliver_wake(number);
         }
     }
 

@@ -60,6 +60,16 @@ pub enum OptionError {
         /// Its whole value.
         value: String,
     },
+    /// Neither a path nor a descriptor, or both.
+    #[error(
+        "{option}: '{value}' is not possible; give path=PATH, or fd=N for a descriptor that is open already"
+    )]
+    Endpoint {
+        /// The option, with its dashes.
+        option: &'static str,
+        /// Its whole value.
+        value: String,
+    },
     /// A value of the wrong form.
     #[error("{option}: '{value}' is no value for {key}; it takes {expected}")]
     InvalidValue {

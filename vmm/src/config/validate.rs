@@ -129,6 +129,12 @@ pub enum ConfigError {
         /// The number.
         number: u8,
     },
+    /// More root ports than there can be.
+    #[error("--platform hotplug_ports={ports} is not possible; bus 0 has room for 31 root ports")]
+    HotplugPorts {
+        /// How many.
+        ports: u8,
+    },
     /// A BAR that no function has.
     #[error("--device x_exclude_mmap_bars: a function has no BAR {bar}; use 0 to 5")]
     Bar {
@@ -157,6 +163,9 @@ impl VmConfig {
         self.cpus.validate()?;
         self.memory.validate()?;
         self.console.validate_as_console()?;
+        let debug_console = !matches!(self.debug_console.mode, ConsoleMode::Off);
+        refuse(debug_console, "debug_console (--debug-console) other than off")?;
+        self.absent.validate()?;
         if let Some(platform) = &self.platform {
             platform.validate()?;
         }
@@ -166,6 +175,32 @@ impl VmConfig {
             return Err(ConfigError::PeerToPeer { devices: devices.len() });
         }
         validate_devices(devices)
+    }
+
+    /// The part of [`Self::validate`] that is about assigned devices.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate_device_list(&self) -> Result<(), ConfigError> {
+        validate_devices(self.devices.as_deref().unwrap_or_default())
+    }
+
+    /// Takes an assigned device out; whether there was one of that name.
+    pub fn remove_device(&mut self, id: &str) -> bool {
+        let Some(devices) = &mut self.devices else { return false };
+        let before = devices.len();
+        devices.retain(|device| device.id.as_deref() != Some(id));
+        devices.len() < before
+    }
+
+    /// Gives every assigned device that has no name one of Cloud Hypervisor's form.
+    pub fn name_devices(&mut self) {
+        let devices = self.devices.as_deref_mut().unwrap_or_default();
+        let mut taken: HashSet<String> = devices.iter().filter_map(|device| device.id.clone()).collect();
+        let mut names = (0_u32..).map(|number| format!("_vfio{number}"));
+        for device in devices.iter_mut().filter(|device| device.id.is_none()) {
+            device.id = names.find(|name| taken.insert(name.clone()));
+        }
     }
 }
 
@@ -262,6 +297,9 @@ impl PlatformConfig {
         refuse(self.iommufd_fd.is_some(), "--platform iommufd_fd")?;
         refuse(self.tdx, "--platform tdx=on")?;
         refuse(self.sev_snp, "--platform sev_snp=on")?;
+        if self.hotplug_ports > 31 {
+            return Err(ConfigError::HotplugPorts { ports: self.hotplug_ports });
+        }
         if let Some(kind) = self.chassis_type.filter(|kind| !(1..=36).contains(kind)) {
             return Err(ConfigError::ChassisType { kind });
         }
@@ -319,8 +357,28 @@ impl DeviceConfig {
         }
     }
 
+    /// Takes over what a change names.
+    pub fn change_policy(&mut self, change: &PolicyChange) {
+        self.power = change.power.unwrap_or(self.power);
+        self.wake = change.wake.unwrap_or(self.wake);
+        self.hold_off = change.hold_off.or(self.hold_off);
+        self.toggle_rate = change.toggle_rate.or(self.toggle_rate);
+        self.toggle_burst = change.toggle_burst.or(self.toggle_burst);
+        self.wake_storm = change.wake_storm.or(self.wake_storm);
+        self.on_timeout = change.on_timeout.or(self.on_timeout);
+        self.on_lost = change.on_lost.or(self.on_lost);
+    }
+
+    /// Whether its power can be handled as it says.
+    ///
+    /// # Errors
+    /// [`ConfigError::Policy`].
+    pub fn check_policy(&self) -> Result<(), ConfigError> {
+        self.policy_change().apply(&Policy::default()).map(drop).map_err(ConfigError::Policy)
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
-        self.policy_change().apply(&Policy::default()).map_err(ConfigError::Policy)?;
+        self.check_policy()?;
         refuse(self.fd.is_some(), "--device fd")?;
         refuse(self.iommu, "--device iommu=on")?;
         refuse(self.pci_segment != 0, "--device pci_segment other than 0")?;

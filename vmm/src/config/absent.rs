@@ -1,0 +1,126 @@
+//! Settings of Cloud Hypervisor whose function Dormouse does not have: kept as they were given, so that `vm.info` shows what a client
+//! has asked for, and refused by name when the machine is to start.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::ConfigError;
+
+/// Declares the fields with their names in error messages.
+macro_rules! absent {
+    ($($field:ident => $setting:literal),* $(,)?) => {
+        /// Settings of a machine that are not there yet. Absent, null, empty and `false` are the same: nobody asks for it.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct AbsentSettings {
+            $(
+                #[doc = $setting]
+                #[serde(default, skip_serializing_if = "is_unused")]
+                pub $field: Value,
+            )*
+        }
+
+        impl AbsentSettings {
+            /// Refuses the first one that is asked for.
+            pub fn validate(&self) -> Result<(), ConfigError> {
+                $(
+                    if !is_unused(&self.$field) {
+                        return Err(ConfigError::NotYet { setting: $setting });
+                    }
+                )*
+                Ok(())
+            }
+        }
+    };
+}
+
+absent! {
+    rate_limit_groups => "rate_limit_groups (--rate-limit-group)",
+    disks => "disks (--disk)",
+    net => "net (--net)",
+    balloon => "balloon (--balloon)",
+    generic_vhost_user => "generic_vhost_user (--generic-vhost-user)",
+    fs => "fs (--fs)",
+    pmem => "pmem (--pmem)",
+    user_devices => "user_devices (--user-device)",
+    vdpa => "vdpa (--vdpa)",
+    vsock => "vsock (--vsock)",
+    pvpanic => "pvpanic (--pvpanic)",
+    iommu => "iommu (a device with iommu=on)",
+    numa => "numa (--numa)",
+    watchdog => "watchdog (--watchdog)",
+    rtc => "rtc (--rtc)",
+    pci_segments => "pci_segments (--pci-segment)",
+    tpm => "tpm (--tpm)",
+    gdb => "gdb (--gdb)",
+    ivshmem => "ivshmem (--ivshmem)",
+    pvmemcontrol => "pvmemcontrol (--pvmemcontrol)",
+    landlock_enable => "landlock_enable (--landlock)",
+    landlock_rules => "landlock_rules (--landlock-rules)",
+}
+
+fn is_unused(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}
+
+/// Where the guest's random numbers come from. Every Cloud Hypervisor machine has such a device, so every client can name a source; the
+/// device itself is not there yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// The source.
+    pub src: String,
+    /// Whether the device is behind the virtual IOMMU.
+    #[serde(default, skip_serializing_if = "super::is_false")]
+    pub iommu: bool,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self { src: "/dev/urandom".to_owned(), iommu: false }
+    }
+}
+
+/// The debug console; its modes other than `Off` are not there yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DebugConsoleConfig {
+    /// As for the other consoles.
+    pub mode: super::ConsoleMode,
+    /// The file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<std::path::PathBuf>,
+    /// Its port.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iobase: Option<u16>,
+}
+
+impl Default for DebugConsoleConfig {
+    fn default() -> Self {
+        Self { mode: super::ConsoleMode::Off, file: None, iobase: Some(0xe9) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_asks_for_is_accepted_and_not_shown() {
+        let text = r#"{"disks": null, "net": [], "watchdog": false, "unheard_of": {"a": 1}}"#;
+        let settings: AbsentSettings = serde_json::from_str(text).unwrap();
+        assert!(settings.validate().is_ok());
+        assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");
+    }
+
+    #[test]
+    fn what_somebody_asks_for_is_shown_and_refused_by_name() {
+        let text = r#"{"disks":[{"path":"/tmp/disk.img"}]}"#;
+        let settings: AbsentSettings = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_string(&settings).unwrap(), text);
+        assert!(
+            settings.validate().unwrap_err().to_string().starts_with("disks (--disk) is not in Dormouse yet")
+        );
+    }
+}

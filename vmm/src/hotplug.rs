@@ -1,0 +1,313 @@
+//! The assigned devices of a running machine: those it was started with, and those that come and go.
+//!
+//! A device comes in one step: it is opened, put on its bus, and the guest is told. It goes in two: the guest is asked, and once it has let go of
+//! the device, the device is closed. Closing can take as long as the host needs to give a sleeping device its power back,
+//! so a thread of its own does it, and tells of it when the device is free for others.
+
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::thread::{self, JoinHandle};
+
+use devices::event_device::EventDevice;
+use devices::vfio::dma;
+use devices::vfio::function::VfioFunction;
+use devices::vfio::open::{ContextKind, Handle, IommuContext};
+use log::{debug, info, warn};
+use pci::bus::RootBus;
+use pci::{Bdf, PciFunction};
+use vfio_ioctls::VfioDeviceFd;
+use vfio_pm::NotifyDevice;
+use vm_memory::GuestMemoryMmap;
+
+use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
+use crate::machine::MachineError;
+use crate::places::Place;
+use crate::vcpu::FaultCure;
+
+/// All functions that may have direct mappings: closed when a vCPU finds their memory gone.
+#[derive(Debug, Default)]
+pub struct CloseBars(RwLock<Vec<Weak<VfioFunction>>>);
+
+impl CloseBars {
+    fn add(&self, slot: &Slot) {
+        let mut functions = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        functions.retain(|function| function.strong_count() > 0);
+        functions.extend(slot.functions.iter().map(|place| Arc::downgrade(&place.function)));
+    }
+}
+
+impl FaultCure for CloseBars {
+    fn close_direct_mappings(&self, again: bool) -> bool {
+        let functions = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        // All of them, not only the first that had something to close.
+        functions.iter().filter_map(Weak::upgrade).filter(|function| function.close_direct(again)).count() > 0
+    }
+}
+
+/// The IOMMU context, and KVM's device that tells the kernel of it. A machine has one KVM device in its life, so that is kept.
+#[derive(Debug)]
+pub struct Iommu {
+    /// Groups or device files.
+    pub kind: ContextKind,
+    /// KVM's VFIO device, once there was a first device.
+    pub kvm: Option<Arc<VfioDeviceFd>>,
+    /// The context, as long as there are devices.
+    pub context: Option<Arc<IommuContext>>,
+}
+
+/// What the devices are connected to.
+#[derive(Debug)]
+pub struct Board {
+    /// Bus 0.
+    pub bus: Arc<RootBus>,
+    /// The power notification device.
+    pub notify: Arc<NotifyDevice>,
+    /// Where the guest hears of devices that come and go.
+    pub event_device: Arc<EventDevice>,
+    /// For faults of vCPUs.
+    pub close_bars: Arc<CloseBars>,
+    /// What functions need.
+    pub around: Surroundings,
+}
+
+/// The assigned devices of a machine. Fields are dropped in their order.
+#[derive(Debug)]
+pub struct AssignedDevices {
+    places: Vec<Place>,
+    board: Board,
+    iommu: Iommu,
+    closing: Vec<JoinHandle<()>>,
+}
+
+/// A device that has been put somewhere or is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// Its name.
+    pub id: String,
+    /// Its address in the guest.
+    pub bdf: Bdf,
+    /// Its device number on bus 0, or that of its root port.
+    pub place: u8,
+    /// Whether it is below a root port.
+    pub below_port: bool,
+}
+
+impl AssignedDevices {
+    /// Connects the devices that the machine is started with.
+    ///
+    /// # Errors
+    /// Two want one place.
+    pub fn new(places: Vec<Place>, board: Board, iommu: Iommu) -> Result<Self, MachineError> {
+        for place in &places {
+            if let Some(slot) = &place.slot {
+                board.close_bars.add(slot);
+                board.notify.add(&slot.domain);
+                plug(&board.bus, place, slot)?;
+            }
+        }
+        Ok(Self { places, board, iommu, closing: Vec::new() })
+    }
+
+    /// The places on bus 0 with the slots in them.
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// All slots.
+    pub fn slots(&self) -> impl Iterator<Item = &Slot> {
+        self.places.iter().filter_map(|place| place.slot.as_ref())
+    }
+
+    /// Adds a device. `kvm` makes KVM's VFIO device, if it is the first.
+    ///
+    /// # Errors
+    /// There is no place, or the device cannot be opened or presented; then it is as it was before.
+    pub fn add(
+        &mut self,
+        assignment: &Assignment,
+        memory: &GuestMemoryMmap,
+        kvm: impl FnOnce() -> Result<VfioDeviceFd, MachineError>,
+    ) -> Result<Moved, MachineError> {
+        // It may be one of those that are being closed.
+        self.wait_for_closing();
+        let number = self.free_place(assignment)?;
+        let handle = self.open(assignment, memory, kvm)?;
+        let place = &mut self.places[number];
+        let result = build_slot(
+            &place.seat,
+            vec![(assignment, handle)],
+            &self.board.around,
+            &mut place.resources(),
+            true,
+        );
+        let slot = match result {
+            Ok(slot) => slot,
+            Err(e) => {
+                self.forget_context_of_nobody();
+                return Err(e.into());
+            }
+        };
+        self.board.close_bars.add(&slot);
+        self.board.notify.add(&slot.domain);
+        if let Seat::Port(port) = &place.seat {
+            port.attach(&slot)?;
+        }
+        plug(&self.board.bus, place, &slot)?;
+        let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
+        place.slot = Some(slot);
+        place.leaving = false;
+        let moved = moved(id, place);
+        info!("device {} ({}) has been added at {} of the guest", assignment.host.bdf, moved.id, moved.bdf);
+        self.board.event_device.function_added(moved.place);
+        Ok(moved)
+    }
+
+    /// Which place the device goes to: the one it asks for, below a reserved port if there is one, else on bus 0.
+    fn free_place(&self, assignment: &Assignment) -> Result<usize, MachineError> {
+        let free = || self.places.iter().enumerate().filter(|(_, place)| place.is_free());
+        let wants_port = assignment.config.root_port;
+        if let Some(device) = assignment.config.pci_device_id {
+            let found = free().find(|(_, place)| place.seat.device() == device);
+            return Ok(found.ok_or(AssignedError::PlaceTaken { device })?.0);
+        }
+        let is_port = |place: &Place| place.seat.port().is_some();
+        let port = free().find(|(_, place)| is_port(place) && place.resources().count() == 2);
+        let bus_0 = free().find(|(_, place)| !is_port(place));
+        let found = match wants_port {
+            Some(true) => port,
+            Some(false) => bus_0,
+            None => port.or(bus_0),
+        };
+        Ok(found.ok_or(AssignedError::NoFreePlace)?.0)
+    }
+
+    fn open(
+        &mut self,
+        assignment: &Assignment,
+        memory: &GuestMemoryMmap,
+        kvm: impl FnOnce() -> Result<VfioDeviceFd, MachineError>,
+    ) -> Result<Arc<Handle>, MachineError> {
+        let host = &assignment.host;
+        let id = assignment.config.id.as_deref();
+        if let Some(context) = &self.iommu.context {
+            return Ok(context.open(host.bdf, &host.dir, id)?);
+        }
+        if self.iommu.kvm.is_none() {
+            self.iommu.kvm = Some(Arc::new(kvm()?));
+        }
+        let context = Arc::new(IommuContext::new(self.iommu.kind, self.iommu.kvm.clone())?);
+        let handle = context.open(host.bdf, &host.dir, id)?;
+        // All of the guest's memory, before the guest can program the device to reach it.
+        dma::map_guest_memory(&context, memory, host.bdf)?;
+        self.iommu.context = Some(context);
+        Ok(handle)
+    }
+
+    /// Asks the guest to let go of a device; asks again if it was asked before. `None` if there is no such device.
+    ///
+    /// # Errors
+    /// It shares its place with others, or the machine was not made for it.
+    pub fn request_removal(&mut self, id: &str) -> Option<Result<(), AssignedError>> {
+        let has = |place: &Place| place.slot.iter().flat_map(|slot| &slot.functions).any(|f| f.id == id);
+        let place = self.places.iter_mut().find(|place| has(place))?;
+        if !place.is_removable() {
+            return Some(Err(AssignedError::NotRemovable { id: id.to_owned() }));
+        }
+        place.leaving = true;
+        info!("device {id}: the guest is asked to let go of it");
+        self.board.event_device.function_leaving(place.seat.device());
+        Some(Ok(()))
+    }
+
+    /// The guest has let go of the function in this place. If it was asked to, the device goes, and `then` is called once it is closed.
+    /// `before` is called when nothing of the guest's can reach it any more.
+    pub fn released(
+        &mut self,
+        device: u8,
+        before: impl FnOnce(&Moved),
+        then: impl FnOnce(Moved) + Send + 'static,
+    ) {
+        let Some(place) = self.places.iter_mut().find(|place| place.seat.device() == device && place.leaving)
+        else {
+            debug!("the guest lets go of place {device}, and was not asked to");
+            return;
+        };
+        place.leaving = false;
+        let Some(slot) = place.slot.take() else { return };
+        let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
+        let moved = moved(id, place);
+        match &place.seat {
+            Seat::Port(port) => port.detach(),
+            Seat::Bus0(_) => drop(self.board.bus.unplug(moved.bdf.devfn)),
+        }
+        self.board.notify.remove(&slot.domain);
+        before(&moved);
+        let context = self.iommu.context.clone();
+        self.forget_context_of_nobody();
+        let close = move || {
+            let id = moved.id.clone();
+            slot.domain.shutdown();
+            // Nobody is in the middle of an access any more: one takes no longer than the host's answer to it.
+            drop(slot);
+            drop(context);
+            info!("device {id} has been removed");
+            then(moved);
+        };
+        match thread::Builder::new().name("unplug".to_owned()).spawn(close) {
+            Ok(thread) => self.closing.push(thread),
+            Err(e) => warn!("no thread to close a device: {e}; it has been closed on the main thread"),
+        }
+    }
+
+    /// Says why the guest does not let go.
+    pub fn refused(&mut self, device: u8, status: u8) {
+        if let Some(place) = self.places.iter().find(|place| place.seat.device() == device && place.leaving) {
+            let ids: Vec<_> =
+                place.slot.iter().flat_map(|slot| &slot.functions).map(|f| f.id.as_str()).collect();
+            warn!(
+                "device {}: the guest does not let go of it (status {status:#x}): end what uses it in the guest, and remove it again",
+                ids.join(", ")
+            );
+        }
+    }
+
+    /// Waits for devices that are being closed.
+    fn wait_for_closing(&mut self) {
+        for thread in self.closing.drain(..) {
+            if thread.join().is_err() {
+                warn!("a device could not be closed in order");
+            }
+        }
+    }
+
+    /// Without devices the kernel gives up the mappings of guest memory, so they are made anew with the next device.
+    fn forget_context_of_nobody(&mut self) {
+        if self.places.iter().all(|place| place.slot.is_none()) {
+            self.iommu.context = None;
+        }
+    }
+}
+
+impl Drop for AssignedDevices {
+    fn drop(&mut self) {
+        // Before the memory that they can reach.
+        self.wait_for_closing();
+    }
+}
+
+fn moved(id: String, place: &Place) -> Moved {
+    Moved {
+        id,
+        bdf: place.guest_address(),
+        place: place.seat.device(),
+        below_port: place.seat.port().is_some(),
+    }
+}
+
+/// Puts what is on bus 0 itself there; a port is there already.
+fn plug(bus: &RootBus, place: &Place, slot: &Slot) -> Result<(), MachineError> {
+    if let (Seat::Bus0(_), Some(first)) = (&place.seat, slot.functions.first()) {
+        let devfn = place.guest_address().devfn;
+        bus.plug(devfn, Arc::clone(&first.function) as Arc<dyn PciFunction>).map_err(MachineError::Bus)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,457 @@
+//! The life of the VM on the main thread: what operators order and what the guest does, one after the other.
+//!
+//! There is a configuration or none; from a configuration there is a machine or none; a machine runs or is paused. Names, orders that
+//! are refused, and events are Cloud Hypervisor's. A guest that switches itself off ends the VMM, unless it was told to stay.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::rtc::Battery;
+use devices::serial::Backend;
+use kvm_ioctls::Kvm;
+use log::{LevelFilter, info};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::cli::ControlOptions;
+use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
+use crate::control::StopReason;
+use crate::event_loop::{Outcome, Signals};
+use crate::events::Events;
+use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
+use crate::orders::{Completion, Order, Orders, Resize};
+use crate::running::Running;
+use crate::status::{MachineView, Status, VmState};
+use crate::vm_error::VmError;
+
+/// The VM: at most one.
+#[derive(Debug)]
+struct Vm {
+    config: VmConfig,
+    machine: Option<(Running, Lifetime)>,
+    paused: bool,
+}
+
+/// The main thread's own.
+#[derive(Debug)]
+pub struct Lifecycle {
+    kvm: Arc<Kvm>,
+    signals: Arc<Signals>,
+    orders: Arc<Orders>,
+    status: Arc<Status>,
+    events: Events,
+    /// Whether the VMM stays when the guest has switched itself off.
+    stays: bool,
+    /// Whether devices can come and go.
+    hotplug: bool,
+    vm: Option<Vm>,
+}
+
+/// Whether to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flow {
+    Go,
+    End,
+}
+
+impl Lifecycle {
+    /// Without a VM yet.
+    pub fn new(
+        kvm: Kvm,
+        signals: Signals,
+        orders: Arc<Orders>,
+        status: Arc<Status>,
+        events: Events,
+        options: &ControlOptions,
+    ) -> Self {
+        Self {
+            kvm: Arc::new(kvm),
+            signals: Arc::new(signals),
+            orders,
+            status,
+            events,
+            stays: options.no_shutdown,
+            hotplug: options.api_socket.is_some(),
+            vm: None,
+        }
+    }
+
+    /// Creates and boots a VM: what the command line asks for.
+    pub fn create_and_boot(&mut self, config: VmConfig) -> Result<(), VmError> {
+        self.create(config)?;
+        self.boot()
+    }
+
+    /// Runs until the VMM is to end.
+    pub fn run(mut self) -> Result<(), VmError> {
+        let result = self.serve();
+        self.orders.close();
+        self.end_machine();
+        if self.vm.take().is_some() {
+            self.status.set_config(None);
+            self.events.tell("vm", "deleted");
+        }
+        self.events.tell("vmm", "shutdown");
+        result
+    }
+
+    fn serve(&mut self) -> Result<(), VmError> {
+        loop {
+            while let Some((order, waiter)) = self.orders.take() {
+                if matches!(order, Order::End) {
+                    // Answered once nothing is left that could be in a client's way.
+                    self.end_machine();
+                    waiter.answer(Ok(Completion::Plain));
+                    return Ok(());
+                }
+                waiter.answer(self.carry_out(order));
+            }
+            let outcome = match self.vm.as_mut().and_then(|vm| vm.machine.as_mut()) {
+                Some((running, _)) => running.wait()?,
+                None => match self.wait_for_orders() {
+                    Some(signal) => {
+                        info!("signal {signal}: the VMM ends");
+                        return Ok(());
+                    }
+                    None => Outcome::Orders,
+                },
+            };
+            match outcome {
+                Outcome::Stop(reason) => {
+                    if self.stopped(reason)? == Flow::End {
+                        return Ok(());
+                    }
+                }
+                Outcome::Orders => {}
+                Outcome::Releases => self.devices_released(),
+            }
+        }
+    }
+
+    /// Sleeps until there are orders or a signal, which it returns.
+    fn wait_for_orders(&self) -> Option<i32> {
+        loop {
+            if let Some(signal) = self.signals.pending() {
+                return Some(signal);
+            }
+            if self.orders.are_waiting() {
+                return None;
+            }
+            let mut watched = vec![PollFd::new(self.orders.event(), PollFlags::IN)];
+            watched.extend(self.signals.descriptors().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+            // Interrupted is as good as ready: everything is looked at again.
+            let _ = poll(&mut watched, None);
+        }
+    }
+
+    /// The machine has stopped by itself or by a signal.
+    fn stopped(&mut self, reason: StopReason) -> Result<Flow, VmError> {
+        match reason {
+            StopReason::Reset if self.signals.pending().is_some() => Ok(Flow::End),
+            StopReason::Reset => {
+                info!("the guest resets");
+                self.restart()?;
+                Ok(Flow::Go)
+            }
+            StopReason::Fault(cause) => Err(MachineError::Fault(cause).into()),
+            StopReason::PowerOff if self.stays => {
+                info!("the guest has switched itself off");
+                self.end_machine();
+                Ok(Flow::Go)
+            }
+            StopReason::PowerOff | StopReason::Signal(_) => {
+                info!("the machine has stopped: {reason:?}");
+                Ok(Flow::End)
+            }
+        }
+    }
+
+    fn carry_out(&mut self, order: Order) -> Result<Completion, VmError> {
+        match order {
+            Order::Create(config) => self.create(*config)?,
+            Order::Boot => self.boot()?,
+            Order::Delete => self.delete(),
+            Order::Shutdown => {
+                self.running()?;
+                self.end_machine();
+            }
+            Order::Reboot => {
+                self.running().map_err(|_| VmError::NotCreated)?;
+                self.restart()?;
+            }
+            Order::Pause => self.pause()?,
+            Order::Resume => self.resume()?,
+            Order::PowerButton => self.running()?.press_power_button(),
+            Order::Nmi => self.running()?.nmi(),
+            Order::Resize(resize) => self.resize(resize)?,
+            Order::AddDevice(device) => return self.add_device(*device),
+            Order::RemoveDevice(id) => self.remove_device(&id)?,
+            Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
+            Order::End => {}
+        }
+        Ok(Completion::Plain)
+    }
+
+    fn vm(&mut self) -> Result<&mut Vm, VmError> {
+        self.vm.as_mut().ok_or(VmError::NotCreated)
+    }
+
+    fn running(&mut self) -> Result<&mut Running, VmError> {
+        let machine = self.vm.as_mut().and_then(|vm| vm.machine.as_mut());
+        machine.map(|(running, _)| running).ok_or(VmError::NotRunning)
+    }
+
+    fn create(&mut self, config: VmConfig) -> Result<(), VmError> {
+        if self.vm.is_some() {
+            return Err(VmError::AlreadyCreated);
+        }
+        self.status.set_config(Some(&config));
+        self.vm = Some(Vm { config, machine: None, paused: false });
+        Ok(())
+    }
+
+    fn boot(&mut self) -> Result<(), VmError> {
+        self.events.tell("vm", "booting");
+        let vm = self.vm.as_mut().ok_or(VmError::MissingConfig)?;
+        if vm.machine.is_some() {
+            return if vm.paused { self.resume() } else { Err(VmError::Already { state: "running" }) };
+        }
+        vm.config.validate()?;
+        let mut config = vm.config.clone();
+        config.name_devices();
+        let console = Backend::open(&config.serial.serial_mode()).map_err(MachineError::from)?;
+        if let Some(path) = console.as_ref().and_then(|console| console.pty_path()) {
+            announce(&format!("the serial port is at {}", path.display()));
+            if config.serial.mode == ConsoleMode::Pty {
+                config.serial.file = Some(path.to_owned());
+            }
+        }
+        let lifetime = Lifetime {
+            kvm: Arc::clone(&self.kvm),
+            signals: Arc::clone(&self.signals),
+            orders: Arc::clone(&self.orders),
+            events: self.events.clone(),
+            console,
+            battery: Battery::default(),
+            latched: Vec::new(),
+            hotplug: self.hotplug,
+        };
+        let running = self.start(&config, &lifetime)?;
+        let vm = self.vm()?;
+        vm.config = config;
+        vm.machine = Some((running, lifetime));
+        vm.paused = false;
+        self.events.tell("vm", "booted");
+        Ok(())
+    }
+
+    /// Builds a machine and starts it, for all to see.
+    fn start(&self, config: &VmConfig, lifetime: &Lifetime) -> Result<Running, VmError> {
+        let started = Instant::now();
+        let machine = Machine::build(config, lifetime)?;
+        let view = MachineView::new(&machine);
+        let running = Running::start(machine)?;
+        self.status.set_config(Some(config));
+        self.status.set_machine(Some(view));
+        info!("the machine has been built and started in {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
+        Ok(running)
+    }
+
+    /// A new machine in the place of the running one: a reset.
+    fn restart(&mut self) -> Result<(), VmError> {
+        self.events.tell("vm", "rebooting");
+        let vm = self.vm.as_mut().ok_or(VmError::NotCreated)?;
+        let (running, mut lifetime) = vm.machine.take().ok_or(VmError::NotRunning)?;
+        vm.paused = false;
+        self.status.set_machine(None);
+        running.end(&mut lifetime);
+        let config = vm.config.clone();
+        let running = self.start(&config, &lifetime)?;
+        self.vm()?.machine = Some((running, lifetime));
+        self.events.tell("vm", "rebooted");
+        Ok(())
+    }
+
+    /// Ends the machine, if there is one, and keeps the configuration.
+    fn end_machine(&mut self) {
+        let Some((running, mut lifetime)) = self.vm.as_mut().and_then(|vm| vm.machine.take()) else { return };
+        self.status.set_machine(None);
+        running.end(&mut lifetime);
+        if let Some(console) = lifetime.console {
+            console.flush();
+        }
+        self.events.tell("vm", "shutdown");
+    }
+
+    fn delete(&mut self) {
+        self.end_machine();
+        if self.vm.take().is_some() {
+            self.status.set_config(None);
+            self.events.tell("vm", "deleted");
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.events.tell("vm", "pausing");
+        if self.vm.as_ref().is_some_and(|vm| vm.machine.is_some() && vm.paused) {
+            return Err(VmError::Already { state: "paused" });
+        }
+        self.running()?.pause();
+        self.vm()?.paused = true;
+        self.status.set_state(VmState::Paused);
+        self.events.tell("vm", "paused");
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.events.tell("vm", "resuming");
+        if self.vm.as_ref().is_some_and(|vm| vm.machine.is_some() && !vm.paused) {
+            return Err(VmError::Already { state: "running" });
+        }
+        self.running()?.resume();
+        self.vm()?.paused = false;
+        self.status.set_state(VmState::Running);
+        self.events.tell("vm", "resumed");
+        Ok(())
+    }
+
+    fn resize(&mut self, resize: Resize) -> Result<(), VmError> {
+        self.events.tell("vm", "resizing");
+        let vm = self.vm()?;
+        if vm.machine.is_none() {
+            // Only the configuration changes; it is looked at when the machine starts.
+            let cpus = &mut vm.config.cpus;
+            cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
+            cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
+            vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
+            let config = vm.config.clone();
+            self.status.set_config(Some(&config));
+        } else {
+            let (vcpus, ram) = (vm.config.cpus.boot_vcpus, vm.config.memory.size);
+            let refuse = |what, wanted: u64, now: u64| VmError::Resize {
+                what,
+                wanted,
+                why: format!("it is {now} as long as the machine runs; shut it down, resize, and boot it"),
+            };
+            if let Some(wanted) = resize.vcpus.filter(|wanted| *wanted != vcpus) {
+                return Err(refuse("the number of vCPUs", wanted.into(), vcpus.into()));
+            }
+            if let Some(wanted) = resize.ram.filter(|wanted| *wanted != ram) {
+                return Err(refuse("the guest's RAM", wanted, ram));
+            }
+        }
+        if resize.balloon.is_some() {
+            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
+        }
+        self.events.tell("vm", "resized");
+        Ok(())
+    }
+
+    fn add_device(&mut self, device: DeviceConfig) -> Result<Completion, VmError> {
+        let vm = self.vm()?;
+        let mut config = vm.config.clone();
+        config.devices.get_or_insert_default().push(device);
+        config.validate_device_list()?;
+        let Some((running, _)) = &mut vm.machine else {
+            vm.config = config.clone();
+            self.status.set_config(Some(&config));
+            return Ok(Completion::Plain);
+        };
+        config.name_devices();
+        let added = config.devices.iter().flatten().next_back().cloned();
+        let assignments = check_some_devices(&config, added.into_iter().collect())?;
+        let assignment = assignments.first().ok_or(VmError::NotRunning)?;
+        let moved = running.add_device(assignment)?;
+        // After a reboot of the guest it is where it is now.
+        if let Some(device) = config.devices.iter_mut().flatten().next_back() {
+            device.pci_device_id = Some(moved.place);
+            device.root_port = Some(moved.below_port);
+        }
+        let view = MachineView::new(running.machine());
+        vm.config = config.clone();
+        self.status.set_config(Some(&config));
+        self.status.set_devices(view);
+        Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        let unknown = || VmError::UnknownDevice { id: id.to_owned() };
+        let vm = self.vm()?;
+        if let Some((running, _)) = &mut vm.machine {
+            let result = running.assigned_mut().request_removal(id).ok_or_else(unknown)?;
+            return result.map_err(|e| MachineError::from(e).into());
+        }
+        let mut config = vm.config.clone();
+        if !config.remove_device(id) {
+            return Err(unknown());
+        }
+        vm.config = config.clone();
+        self.status.set_config(Some(&config));
+        Ok(())
+    }
+
+    /// The guest has let go of devices.
+    fn devices_released(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        let Some((running, _)) = &mut vm.machine else { return };
+        let (released, refused) = running.take_releases();
+        if let Some((place, status)) = refused {
+            running.assigned_mut().refused(place, status);
+        }
+        for place in released {
+            let mut gone = None;
+            let events = self.events.clone();
+            let status = Arc::clone(&self.status);
+            running.assigned_mut().released(
+                place,
+                |moved| {
+                    // Whoever looks at the power of a device keeps it open, so it goes from sight first.
+                    status.forget_device(&moved.id);
+                    gone = Some(moved.id.clone());
+                },
+                move |moved| {
+                    let properties = [("id", moved.id), ("bdf", moved.bdf.to_string())];
+                    events.tell_with("vm", "device-removed", properties.into());
+                },
+            );
+            if let Some(id) = gone {
+                vm.config.remove_device(&id);
+                self.status.set_config(Some(&vm.config));
+            }
+        }
+    }
+
+    fn change_policy(&mut self, id: String, change: &vfio_pm::PolicyChange) -> Result<Completion, VmError> {
+        let vm = self.vm()?;
+        let devices = vm.config.devices.get_or_insert_default();
+        let Some(device) = devices.iter_mut().find(|device| device.id.as_deref() == Some(id.as_str())) else {
+            return Err(VmError::UnknownDevice { id });
+        };
+        let mut changed = device.clone();
+        changed.change_policy(change);
+        let in_force = match &vm.machine {
+            Some((running, _)) => {
+                let result = running.change_policy(&id, change);
+                let policy = result.ok_or_else(|| VmError::UnknownDevice { id: id.clone() })??;
+                vfio_pm::PolicyChange::from(&policy)
+            }
+            None => {
+                changed.check_policy()?;
+                changed.policy_change()
+            }
+        };
+        // So that it outlives a reboot of the guest.
+        *device = changed;
+        let config = vm.config.clone();
+        self.status.set_config(Some(&config));
+        Ok(Completion::Policy(in_force))
+    }
+}
+
+/// Tells the user, in the log if that shows it and otherwise on standard error.
+pub fn announce(text: &str) {
+    if log::max_level() >= LevelFilter::Info {
+        info!("{text}");
+    } else {
+        eprintln!("dormouse: {text}");
+    }
+}

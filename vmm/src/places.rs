@@ -1,0 +1,219 @@
+//! The places on bus 0: which slot, port or nothing is in each, and which can be filled and emptied while the guest runs.
+//!
+//! Functions of one host slot share one guest slot below a root port, as they share the host's power. A function that is added later goes
+//! onto bus 0 itself, as Cloud Hypervisor's do and its clients expect, or below a root port that was kept for it. The tables are written
+//! once, so every place that can be filled later has its node and its power resource from the start.
+
+use std::sync::Arc;
+
+use acpi::event_abi::PLACE_COUNT;
+use acpi::notify_abi::{RESOURCE_COUNT, ResourceIndex};
+use acpi::platform::{FunctionDescription, RootPortDescription};
+use devices::vfio::open::Handle;
+use pci::assign::{FunctionNeeds, PortNeeds};
+use pci::bar::BarKind;
+use pci::{Bdf, DevFn};
+
+use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
+
+/// Memory that is kept below each reserved port: for registers of most devices, and for the memory of a large GPU.
+const RESERVED_MMIO32: u64 = 64 << 20;
+const RESERVED_MMIO64: u64 = 32 << 30;
+
+/// One place.
+#[derive(Debug)]
+pub struct Place {
+    /// What is there all the time: a port, or nothing.
+    pub seat: Seat,
+    /// The functions there.
+    pub slot: Option<Slot>,
+    /// Power resources that the tables give the first function and its port.
+    resources: [Option<ResourceIndex>; 2],
+    /// Whether it can be filled and emptied.
+    removable: bool,
+    /// Whether the guest has been asked to let go.
+    pub leaving: bool,
+}
+
+/// Where a slot is to be.
+struct Planned<'a> {
+    device: u8,
+    below_port: bool,
+    members: Vec<&'a Assignment>,
+}
+
+/// What is to be on bus 0 beside the devices of the configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reserve {
+    /// Whether devices can come and go at all.
+    pub hotplug: bool,
+    /// Root ports for devices that come later.
+    pub ports: u8,
+}
+
+/// Where slots go on bus 0, and which functions are in each.
+fn plan<'a>(devices: &'a [Assignment], reserve: Reserve) -> Result<Vec<Planned<'a>>, AssignedError> {
+    let mut slots: Vec<(Option<u8>, bool, Vec<&Assignment>)> = Vec::new();
+    for device in devices {
+        let bdf = device.host.bdf;
+        let below_port = device.config.root_port.unwrap_or(true);
+        let same_slot = |other: &Assignment| {
+            let other = other.host.bdf;
+            (other.segment, other.bus, other.devfn.device()) == (bdf.segment, bdf.bus, bdf.devfn.device())
+        };
+        let wish = device.config.pci_device_id;
+        let sibling =
+            slots.iter_mut().find(|(_, port, members)| *port && below_port && same_slot(members[0]));
+        match sibling {
+            Some((place, ..)) if place.is_some() && wish.is_some() && *place != wish => {
+                return Err(AssignedError::PlaceConflict { bdf });
+            }
+            Some((place, _, members)) => {
+                *place = place.or(wish);
+                members.push(device);
+            }
+            None => slots.push((wish, below_port, vec![device])),
+        }
+    }
+    slots.extend((0..reserve.ports).map(|_| (None, true, Vec::new())));
+    let count = slots.len();
+    // Device 0 is the host bridge.
+    let mut taken = [false; PLACE_COUNT as usize];
+    taken[0] = true;
+    for device in slots.iter().filter_map(|(place, ..)| *place) {
+        let place = taken.get_mut(usize::from(device)).filter(|taken| !**taken);
+        *place.ok_or(AssignedError::PlaceTaken { device })? = true;
+    }
+    slots
+        .into_iter()
+        .map(|(place, below_port, mut members)| {
+            let free = || taken.iter().position(|taken| !taken).and_then(|free| u8::try_from(free).ok());
+            let device = place.or_else(free).ok_or(AssignedError::Slots(count))?;
+            taken[usize::from(device)] = true;
+            members.sort_by_key(|member| member.host.bdf);
+            Ok(Planned { device, below_port, members })
+        })
+        .collect()
+}
+
+/// Whether there is a place on bus 0 for every slot, before any device is opened.
+pub fn check_places(devices: &[Assignment], reserve: Reserve) -> Result<(), AssignedError> {
+    plan(devices, reserve).map(drop)
+}
+
+/// Puts all slots together and keeps places for those that come later. `opened` holds the handles of `devices`.
+pub fn build_places(
+    devices: &[Assignment],
+    opened: &[Arc<Handle>],
+    around: &Surroundings,
+    reserve: Reserve,
+) -> Result<Vec<Place>, AssignedError> {
+    let mut indices = (0..RESOURCE_COUNT).filter_map(|index| u8::try_from(index).ok()).map(ResourceIndex);
+    let mut places = Vec::new();
+    for Planned { device, below_port, members } in plan(devices, reserve)? {
+        let seat = if below_port { Seat::new_port(device, around)? } else { Seat::Bus0(device) };
+        let handle_of = |bdf: Bdf| opened.iter().find(|handle| handle.bdf() == bdf);
+        let handles: Vec<_> =
+            members.iter().filter_map(|m| Some((*m, Arc::clone(handle_of(m.host.bdf)?)))).collect();
+        let empty = handles.is_empty();
+        let slot = if empty { None } else { Some(build_slot(&seat, handles, around, &mut indices, false)?) };
+        let resources = match &slot {
+            Some(slot) => [slot.functions.first().and_then(|place| place.resource), slot.port_resource],
+            None => [indices.next(), indices.next()],
+        };
+        if let (Seat::Port(port), Some(slot)) = (&seat, &slot) {
+            port.attach(slot)?;
+        }
+        let alone = slot.as_ref().is_none_or(|slot| slot.functions.len() == 1);
+        places.push(Place { seat, slot, resources, removable: reserve.hotplug && alone, leaving: false });
+    }
+    if reserve.hotplug {
+        let taken: Vec<u8> = places.iter().map(|place| place.seat.device()).collect();
+        places.extend((1..PLACE_COUNT).filter(|device| !taken.contains(device)).map(|device| Place {
+            seat: Seat::Bus0(device),
+            slot: None,
+            resources: [indices.next(), None],
+            removable: true,
+            leaving: false,
+        }));
+    }
+    Ok(places)
+}
+
+impl Place {
+    /// The power resources that the tables give to what is put here.
+    pub fn resources(&self) -> impl Iterator<Item = ResourceIndex> + use<> {
+        self.resources.into_iter().flatten()
+    }
+
+    /// Whether a function can be put here now.
+    pub fn is_free(&self) -> bool {
+        self.removable && self.slot.is_none()
+    }
+
+    /// Whether what is here can go while the guest runs.
+    pub fn is_removable(&self) -> bool {
+        self.removable
+    }
+
+    /// Address of the first function in the guest as it is now.
+    pub fn guest_address(&self) -> Bdf {
+        match &self.seat {
+            Seat::Bus0(device) => Bdf { segment: 0, bus: 0, devfn: DevFn::from_bits(device << 3) },
+            Seat::Port(seat) => Bdf { segment: 0, bus: seat.bus(), devfn: DevFn::from_bits(0) },
+        }
+    }
+
+    /// What the BARs of a port's functions need, or of those that may come.
+    pub fn port_needs(&self) -> Option<PortNeeds> {
+        let devfn = self.seat.port()?.devfn();
+        let functions = match &self.slot {
+            Some(slot) => slot.functions.iter().map(|place| place.function.needs()).collect(),
+            None => vec![FunctionNeeds {
+                devfn: DevFn::from_bits(0),
+                bars: vec![
+                    (0, BarKind::Mem32 { prefetchable: false }, RESERVED_MMIO32),
+                    (2, BarKind::Mem64 { prefetchable: true }, RESERVED_MMIO64),
+                ],
+            }],
+        };
+        Some(PortNeeds { devfn, functions })
+    }
+
+    /// What the BARs of a function on bus 0 need.
+    pub fn bus_0_needs(&self) -> Option<FunctionNeeds> {
+        match (&self.seat, &self.slot) {
+            (Seat::Bus0(_), Some(slot)) => slot.functions.first().map(|place| place.function.needs()),
+            _ => None,
+        }
+    }
+
+    fn function_description(&self, devfn: DevFn, resource: Option<ResourceIndex>) -> FunctionDescription {
+        FunctionDescription { devfn, resource, place: self.removable.then(|| self.seat.device()) }
+    }
+
+    /// What the tables say of a port and what is below it.
+    pub fn port_description(&self) -> Option<RootPortDescription> {
+        let devfn = self.seat.port()?.devfn();
+        let functions = match &self.slot {
+            Some(slot) => {
+                let functions = slot.functions.iter();
+                functions
+                    .map(|place| self.function_description(place.function.devfn(), place.resource))
+                    .collect()
+            }
+            None => vec![self.function_description(DevFn::from_bits(0), self.resources[0])],
+        };
+        Some(RootPortDescription { devfn, resource: self.resources[1], functions })
+    }
+
+    /// What the tables say of a function on bus 0.
+    pub fn bus_0_description(&self) -> Option<FunctionDescription> {
+        match self.seat {
+            Seat::Bus0(device) => {
+                Some(self.function_description(DevFn::from_bits(device << 3), self.resources[0]))
+            }
+            Seat::Port(_) => None,
+        }
+    }
+}

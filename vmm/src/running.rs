@@ -1,0 +1,140 @@
+//! A machine that runs: waiting for what happens to it, what an operator does to it, and taking it apart in order.
+
+use acpi::event_abi::Event;
+use devices::rtc::Rtc;
+use kvm_bindings::kvm_clock_data;
+use log::{debug, info, warn};
+use vfio_pm::{ControlError, Policy, PolicyChange};
+
+use crate::assigned::Assignment;
+use crate::event_loop::Outcome;
+use crate::hotplug::{AssignedDevices, Moved};
+use crate::hypervisor;
+use crate::machine::{Lifetime, Machine, MachineError};
+use crate::vcpu::Vcpus;
+
+/// A machine whose vCPUs run or are paused.
+pub struct Running {
+    vcpus: Option<Vcpus>,
+    /// The guest's clock while it is paused.
+    stopped_clock: Option<kvm_clock_data>,
+    machine: Machine,
+}
+
+impl Running {
+    /// Starts the vCPUs.
+    pub fn start(mut machine: Machine) -> Result<Self, MachineError> {
+        let vcpus = Vcpus::start(std::mem::take(&mut machine.vcpus), &machine.context)
+            .map_err(|source| MachineError::Resources { what: "the threads of the vCPUs", source })?;
+        info!("the guest runs");
+        Ok(Self { vcpus: Some(vcpus), stopped_clock: None, machine })
+    }
+
+    /// Waits until the machine is to stop or there are orders.
+    pub fn wait(&mut self) -> Result<Outcome, MachineError> {
+        Ok(self.machine.event_loop.run()?)
+    }
+
+    /// Takes the vCPUs out of the guest, stops its clock, and keeps wakes of devices for later. Devices keep their power state.
+    pub fn pause(&mut self) {
+        self.machine.assigned.slots().for_each(|slot| slot.domain.pause());
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.pause();
+        }
+        self.stopped_clock = match self.machine.vm.get_clock() {
+            Ok(clock) => Some(clock),
+            Err(e) => {
+                warn!("the guest's clock goes on while it is paused: {e}");
+                None
+            }
+        };
+    }
+
+    /// Undoes [`Self::pause`].
+    pub fn resume(&mut self) {
+        if let Some(mut clock) = self.stopped_clock.take() {
+            // Only the time itself goes back.
+            clock.flags = 0;
+            if let Err(e) = self.machine.vm.set_clock(&clock) {
+                warn!("the guest's clock jumps over the pause: {e}");
+            }
+        }
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.resume();
+        }
+        self.machine.assigned.slots().for_each(|slot| slot.domain.resume());
+    }
+
+    /// Asks the guest to switch itself off.
+    pub fn press_power_button(&self) {
+        self.machine.event_device.raise(Event::PowerButton);
+    }
+
+    /// Sends a non-maskable interrupt to the first vCPU.
+    pub fn nmi(&self) {
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.nmi();
+        }
+    }
+
+    /// Changes how the power of the function with this name is handled; `None` if there is none.
+    pub fn change_policy(&self, id: &str, change: &PolicyChange) -> Option<Result<Policy, ControlError>> {
+        self.machine.assigned.slots().find_map(|slot| {
+            let place = slot.functions.iter().find(|place| place.id == id)?;
+            Some(slot.domain.change_policy(place.host, change))
+        })
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Adds an assigned device.
+    ///
+    /// # Errors
+    /// See [`AssignedDevices::add`](crate::hotplug::AssignedDevices::add).
+    pub fn add_device(&mut self, assignment: &Assignment) -> Result<Moved, MachineError> {
+        let Machine { assigned, ram, vm, .. } = &mut self.machine;
+        assigned.add(assignment, ram.memory(), || Ok(hypervisor::create_vfio_device(vm)?))
+    }
+
+    /// The assigned devices.
+    pub fn assigned_mut(&mut self) -> &mut AssignedDevices {
+        &mut self.machine.assigned
+    }
+
+    /// What the guest has said since the last look of devices that it is to let go of: places, and one with why not.
+    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
+        self.machine.context.control.take_releases()
+    }
+
+    /// Takes the machine apart, and keeps in `lifetime` what the next one is to have of it.
+    pub fn end(mut self, lifetime: &mut Lifetime) {
+        if let Some(vcpus) = self.vcpus.take() {
+            vcpus.stop();
+        }
+        lifetime.battery = Rtc::battery(&self.machine.rtc);
+        lifetime.latched.clear();
+        for slot in self.machine.assigned.slots() {
+            slot.domain.shutdown();
+            lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
+        }
+        debug!("the machine is taken apart: RAM {:?}", self.machine.ram);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Only where `end` was not called.
+        if let Some(vcpus) = self.vcpus.take() {
+            vcpus.stop();
+        }
+    }
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running").field("paused", &self.stopped_clock.is_some()).finish_non_exhaustive()
+    }
+}

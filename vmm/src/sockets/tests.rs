@@ -1,0 +1,1 @@
+//! Sockets by path and by descriptor.
