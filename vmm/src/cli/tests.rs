@@ -156,7 +156,7 @@ fn commands_for_running_machines_are_read_and_their_mistakes_are_one_line() {
         panic!()
     };
     assert_eq!((args.socket.len(), args.json, args.interval.as_secs()), (2, true, 2));
-    assert!(matches!(parse_words("man /m"), Ok(Action::Man(directory)) if directory == "/m"));
+    assert!(matches!(parse_words("man /m"), Ok(Action::Man(directory)) if directory.as_os_str() == "/m"));
     for line in ["completions bash", "man", "ctl --help", "top --help"] {
         assert!(matches!(parse_words(line), Ok(Action::Print(text)) if text.contains("dormouse")), "{line}");
     }
