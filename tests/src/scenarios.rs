@@ -12,6 +12,7 @@ mod guest_view;
 mod hostile;
 mod nic;
 mod nvme;
+mod operator;
 mod slots;
 pub mod steps;
 mod tables;
@@ -45,6 +46,7 @@ pub fn all() -> Vec<Scenario> {
         slots::table(),
         endings::table(),
         administrator::table(),
+        operator::table(),
         tables::table(),
     ]
     .concat()
