@@ -10,6 +10,7 @@ mod endurance;
 mod gpu;
 mod guest_view;
 mod hostile;
+mod hotplug;
 mod nic;
 mod nvme;
 mod operator;
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Scenario> {
         guest_view::table(),
         nvme::table(),
         hostile::table(),
+        hotplug::table(),
         slots::table(),
         endings::table(),
         administrator::table(),

@@ -7,7 +7,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use log::debug;
@@ -152,6 +152,7 @@ impl Listener {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }
+        sweep(&directory);
         let path = directory.join(format!("{}.sock", std::process::id()));
         let socket = bind_anew(&path)?;
         Ok(Self { socket, made: Some(Made { path, _lock: None }) })
@@ -165,6 +166,28 @@ pub fn status_directory() -> Option<PathBuf> {
     }
     let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|own| !own.is_empty())?;
     Some(Path::new(&own).join("dormouse"))
+}
+
+/// Removes what VMMs have left that were killed: no process has the number and nobody answers. (The number alone does not tell where
+/// processes of several PID namespaces share the directory.)
+fn sweep(directory: &Path) {
+    for entry in directory.read_dir().into_iter().flatten().flatten() {
+        let path = entry.path();
+        let number =
+            path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
+        let Some(number) = number.filter(|_| path.extension().is_some_and(|extension| extension == "sock"))
+        else {
+            continue;
+        };
+        let refused =
+            || UnixStream::connect(&path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+        if !Path::new("/proc").join(number.to_string()).exists()
+            && refused()
+            && let Err(e) = std::fs::remove_file(&path)
+        {
+            debug!("{} is left from a VMM that was killed: {e}", path.display());
+        }
+    }
 }
 
 /// Binds a socket that only its owner can connect to, in the place of one that a dead process left.
