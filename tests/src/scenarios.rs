@@ -13,6 +13,7 @@ mod hostile;
 mod hotplug;
 mod nic;
 mod nvme;
+mod operator;
 mod slots;
 pub mod steps;
 mod tables;
@@ -47,6 +48,7 @@ pub fn all() -> Vec<Scenario> {
         slots::table(),
         endings::table(),
         administrator::table(),
+        operator::table(),
         tables::table(),
     ]
     .concat()

@@ -112,6 +112,11 @@ impl ClientError {
         Self::Malformed { socket: socket.to_owned(), call: request.call().to_owned(), what }
     }
 
+    /// Whether the VMM knows the call and has nothing that it could be about: there is no VM yet.
+    pub fn is_about_nothing(&self) -> bool {
+        matches!(self, Self::Api { status: 404, chain, .. } if *chain != ["Not Found"])
+    }
+
     /// What a reply that is no success says. A body of another form than the API's is kept as one link.
     pub(super) fn api(socket: &Path, request: &Request, reply: &Reply) -> Self {
         let chain = serde_json::from_slice(&reply.body).unwrap_or_else(|_| {

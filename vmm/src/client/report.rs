@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use vfio_pm::{Histogram, Phase};
 
@@ -16,8 +16,8 @@ use crate::table::{Cell, Tone};
 pub struct VmPower {
     /// State of the VM, as in `vm.info`.
     pub state: String,
-    /// Its assigned devices.
-    #[serde(default)]
+    /// Its assigned devices. One that the VMM knows nothing of is left out.
+    #[serde(default, deserialize_with = "those_there")]
     pub devices: Vec<DevicePower>,
 }
 
@@ -79,6 +79,11 @@ pub struct HostSide {
     pub runtime_status: Option<String>,
     /// Milliseconds that it has been suspended altogether.
     pub runtime_suspended_ms: Option<u64>,
+}
+
+fn those_there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DevicePower>, D::Error> {
+    let devices = Vec::<Option<DevicePower>>::deserialize(deserializer)?;
+    Ok(devices.into_iter().flatten().collect())
 }
 
 impl DevicePower {
@@ -181,7 +186,7 @@ mod tests {
 
     #[test]
     fn another_version_may_say_less_and_more_but_not_without_names() {
-        let text = r#"{"state": "Paused", "devices": [{"id": "a", "bdf": "b", "state": "dreaming", "colour": "blue"}]}"#;
+        let text = r#"{"state": "Paused", "devices": [null, {"id": "a", "bdf": "b", "state": "dreaming", "colour": "blue"}]}"#;
         let device = serde_json::from_str::<VmPower>(text).unwrap().devices.remove(0);
         assert_eq!(
             (device.phase(), device.residency(), device.trouble_cell().text.as_str()),

@@ -12,13 +12,14 @@ use crate::config::option_parser::{ByteSized, OptionValue};
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct CtlArgs {
     /// API socket of the VMM, as given to it by --api-socket.
-    #[arg(id = "socket", long = "api-socket", value_name = "PATH", global = true, value_hint = clap::ValueHint::FilePath)]
+    // The name within clap is not that of the VMM's own option, whose value this would become, as a global one.
+    #[arg(id = "ctl_api_socket", long = "api-socket", value_name = "PATH", global = true, value_hint = clap::ValueHint::FilePath)]
     pub api_socket: Option<PathBuf>,
     /// Print the VMM's JSON as it is.
-    #[arg(long, global = true)]
+    #[arg(id = "ctl_json", long = "json", global = true)]
     pub json: bool,
     /// How long to wait for the reply; 0 is for ever. [default: 10 for commands that only read, 0 for others]
-    #[arg(long, value_name = "SECONDS", global = true)]
+    #[arg(id = "ctl_timeout", long = "timeout", value_name = "SECONDS", global = true)]
     pub timeout: Option<u64>,
     /// What to do.
     #[command(subcommand)]

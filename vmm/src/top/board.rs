@@ -10,7 +10,7 @@ use super::sensors::Draw;
 use crate::client::report::{DevicePower, VmPower};
 
 /// How many looks back the history of a device reaches.
-pub const HISTORY: usize = 30;
+pub const HISTORY: usize = 60;
 
 /// How deep a device was at one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

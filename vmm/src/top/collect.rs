@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::TopError;
 use super::board::{Answer, Board, Vm};
@@ -21,6 +21,9 @@ use crate::client::{Client, ClientError};
 pub const PATIENCE: Duration = Duration::from_millis(900);
 /// Time between the two readings of a counter of energy where there is only one look.
 const BETWEEN_READINGS: Duration = Duration::from_millis(250);
+
+/// What stands for the state of a VMM without a VM.
+const NO_VM: &str = "no VM";
 
 /// Something new.
 #[derive(Debug)]
@@ -47,12 +50,14 @@ struct Identity {
 struct Vmm {
     socket: PathBuf,
     identity: Option<Identity>,
+    state: Option<String>,
+    changed: bool,
     meter: Meter,
 }
 
 impl Vmm {
     fn new(socket: &Path, meter: Meter) -> Self {
-        Self { socket: socket.to_owned(), identity: None, meter }
+        Self { socket: socket.to_owned(), identity: None, state: None, changed: false, meter }
     }
 
     /// One look at it.
@@ -86,23 +91,30 @@ impl Vmm {
 
     fn ask(&mut self) -> Result<Answer, ClientError> {
         let client = Client::for_all(&self.socket, PATIENCE);
-        let json = |call: &str| {
+        let ask = |call: &str| {
             let reply = client.get(call)?;
             serde_json::from_slice::<Value>(&reply.body).map_err(|error| client.not_understood(call, &error))
         };
-        if self.identity.is_none() {
-            let ping = json("vmm.ping")?;
+        let named = self.identity.as_ref().is_some_and(|identity| identity.name.is_some());
+        if !named || std::mem::take(&mut self.changed) {
+            let ping = ask("vmm.ping")?;
             let pid = ping["pid"].as_u64().and_then(|pid| pid.try_into().ok());
-            // A VMM without a VM has nothing to say here, which is no reason not to show it.
-            let name = match json("vm.info") {
+            let name = match ask("vm.info") {
                 Ok(info) => name(&info["config"]),
                 Err(ClientError::Api { .. }) => None,
                 Err(error) => return Err(error),
             };
             self.identity = Some(Identity { pid, name });
         }
-        let raw = json("vm.power")?;
+        let raw = match ask("vm.power") {
+            // A VMM without a VM is no failure.
+            Err(error) if error.is_about_nothing() => json!({"state": NO_VM}),
+            reply => reply?,
+        };
         let power = VmPower::deserialize(&raw).map_err(|error| client.not_understood("vm.power", &error))?;
+        // After a change of state it may be another VM, with another name.
+        let before = self.state.replace(power.state.clone());
+        self.changed |= before.is_some_and(|state| state != power.state);
         let now = Instant::now();
         let devices = power.devices.iter();
         let draw = devices

@@ -8,6 +8,8 @@ use crate::table::{Cell, Tone, duration, latency};
 const BAR: usize = 10;
 /// Eighths of a cell of that bar.
 const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
+/// What the history is cut down to before a column is left out.
+const SHORT_HISTORY: usize = 10;
 /// Blanks between columns.
 const GAP: usize = 2;
 
@@ -45,9 +47,9 @@ const COLUMNS: [Column; 12] = [
     Column { name: "POWER", rank: 1, kind: Kind::Power },
     Column { name: "LOW POWER", rank: 3, kind: Kind::Residency },
     Column { name: "WATTS", rank: 4, kind: Kind::Watts },
-    Column { name: "LAST WAKE", rank: 7, kind: Kind::Wake },
+    Column { name: "LAST WAKE", rank: 8, kind: Kind::Wake },
     Column { name: "DOWN / UP", rank: 9, kind: Kind::Latency },
-    Column { name: "HISTORY", rank: 8, kind: Kind::History },
+    Column { name: "HISTORY", rank: 7, kind: Kind::History },
     Column { name: "POLICY", rank: 10, kind: Kind::Policy },
     Column { name: "TROUBLE", rank: 2, kind: Kind::Trouble },
 ];
@@ -116,9 +118,33 @@ impl Sheet {
         sheet
     }
 
-    /// Leaves columns out until the rest fits.
+    /// Leaves columns out until the rest fits. The history gets what is left over.
     fn fit(&mut self, room: usize) {
-        while self.widths.iter().sum::<usize>() + GAP * self.widths.len() > room {
+        let wish = self.limit_history(SHORT_HISTORY);
+        self.leave_out(room);
+        let used = self.widths.iter().sum::<usize>() + GAP * self.widths.len().saturating_sub(1);
+        if let Some(number) = self.columns.iter().position(|column| column.kind == Kind::History) {
+            self.widths[number] = wish.min(self.widths[number] + room.saturating_sub(used));
+            let width = self.widths[number];
+            for row in self.rows.iter_mut().flatten() {
+                let surplus = row[number].len().saturating_sub(width);
+                row[number].drain(..surplus);
+            }
+        }
+    }
+
+    /// Lets the history be so wide at most; returns what it would be.
+    fn limit_history(&mut self, limit: usize) -> usize {
+        let Some(number) = self.columns.iter().position(|column| column.kind == Kind::History) else {
+            return 0;
+        };
+        let wish = self.widths[number];
+        self.widths[number] = wish.min(limit);
+        wish
+    }
+
+    fn leave_out(&mut self, room: usize) {
+        while self.widths.iter().sum::<usize>() + GAP * self.widths.len().saturating_sub(1) > room {
             let ranked = self.columns.iter().enumerate().filter(|(_, column)| column.rank > 0);
             let Some((number, _)) = ranked.max_by_key(|(_, column)| column.rank) else { return };
             self.columns.remove(number);

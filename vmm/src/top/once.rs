@@ -90,7 +90,8 @@ fn vm_json(vm: &Vm) -> Value {
         Err(error) => value["error"] = error.as_str().into(),
         Ok(answer) => {
             value["state"] = answer.power.state.as_str().into();
-            let raw = answer.raw["devices"].as_array().cloned().unwrap_or_default();
+            let raw =
+                answer.raw["devices"].as_array().into_iter().flatten().filter(|device| !device.is_null());
             let device = |(mut raw, device): (Value, &DevicePower)| {
                 if let Some(percent) = device.residency() {
                     raw["low_power_percent"] = rounded(percent);
@@ -101,7 +102,7 @@ fn vm_json(vm: &Vm) -> Value {
                 }
                 raw
             };
-            value["devices"] = raw.into_iter().zip(&answer.power.devices).map(device).collect();
+            value["devices"] = raw.cloned().zip(&answer.power.devices).map(device).collect();
         }
     }
     value

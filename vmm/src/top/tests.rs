@@ -128,6 +128,50 @@ fn a_vmm_without_the_power_call_or_with_another_answer_is_shown_with_the_reason(
 }
 
 #[test]
+fn a_vmm_that_has_no_vm_yet_is_no_failure_and_its_name_is_asked_for_when_it_has_one() {
+    let scratch = Scratch::new();
+    let created = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let is_created = std::sync::Arc::clone(&created);
+    let none = r#"["Error from API","The power of the VM's devices is not available","VM is not created"]"#;
+    let _vmm = Peer::serve(&scratch.path("1.sock"), move |line, _| {
+        let there = is_created.load(std::sync::atomic::Ordering::SeqCst);
+        Reaction::Bytes(match (line, there) {
+            ("GET /api/v1/vmm.ping", _) => reply(200, &fixture::ping(1).to_string()),
+            (_, false) => reply(404, none),
+            ("GET /api/v1/vm.info", true) => reply(200, &fixture::info().to_string()),
+            _ => reply(200, &fixture::power().to_string()),
+        })
+    });
+    let source = directory(&scratch);
+    let board = collect::once(&source, no_sensors(&scratch)).unwrap();
+    assert_eq!((text(&board, &source).as_str(), board.failed()), ("VM 1  no VM  no assigned device\n", 0));
+
+    let news = collect::watch(source, Duration::from_millis(20), no_sensors(&scratch));
+    let seen = || match news.recv_timeout(Duration::from_secs(10)).unwrap() {
+        News::Vm(vm) => vm,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(seen().name, None);
+    created.store(true, std::sync::atomic::Ordering::SeqCst);
+    let named = (0..100).map(|_| seen()).find(|vm| vm.name.is_some()).unwrap();
+    assert_eq!(named.answer.unwrap().power.devices.len(), 3);
+}
+
+#[test]
+fn a_device_that_the_vmm_knows_nothing_of_is_left_out_and_its_neighbours_keep_what_is_theirs() {
+    let mut power = fixture::power();
+    power["devices"].as_array_mut().unwrap().insert(0, Value::Null);
+    let mut board = Board::default();
+    board.update(vm(1, power));
+    let json: Value = serde_json::from_str(&once::json(&board).unwrap()).unwrap();
+    let devices = json["vms"][0]["devices"].as_array().unwrap();
+    assert_eq!(
+        (devices.len(), &devices[0]["id"], &devices[0]["low_power_percent"]),
+        (3, &json!("gpu0"), &json!(90.0))
+    );
+}
+
+#[test]
 fn without_any_vm_it_says_so() {
     let scratch = Scratch::new();
     let source = Source::Directory(scratch.path("none-yet"));
@@ -338,4 +382,24 @@ fn the_interval_has_bounds() {
     for wrong in ["0", "-1", "NaN", "inf", "4000", "x"] {
         assert!(interval(wrong).unwrap_err().contains("0.1 to 3600"), "{wrong}");
     }
+}
+
+#[test]
+fn the_history_takes_the_room_that_is_left_and_shows_the_last_looks() {
+    let mut board = Board::default();
+    (0..50).for_each(|_| board.update(vm(1, fixture::power())));
+    let mut awake = fixture::power();
+    awake["devices"][0]["state"] = "on".into();
+    board.update(vm(1, awake));
+    let marks = |width: u16| {
+        let shown = lines(&screen(&board, width, 8, &mut Scroll::default()));
+        assert!(shown.iter().all(|line| line.chars().count() <= usize::from(width)), "{shown:?}");
+        let marks: String = shown[4].chars().filter(|c| *c == '▁' || *c == '█').collect();
+        // The bar of the low-power column comes first.
+        marks.trim_start_matches('█').to_owned()
+    };
+    let wide = marks(230);
+    assert_eq!((wide.chars().count(), wide.chars().last()), (51, Some('█')));
+    let narrow = marks(115);
+    assert!((10..51).contains(&narrow.chars().count()) && narrow.ends_with("▁█"), "{narrow}");
 }
