@@ -8,4 +8,5 @@ pub mod msi;
 pub mod msix;
 pub mod pcie;
 pub mod pm;
+mod slot;
 pub mod vectors;

@@ -65,6 +65,9 @@ type Children = Vec<(DevFn, Arc<dyn PciFunction>)>;
 /// Called when the guest resets the bus below the port.
 pub type SecondaryResetHook = Box<dyn Fn() + Send + Sync>;
 
+/// Called when the guest turns the power of the port's slot on or off.
+pub type SlotPowerHook = Box<dyn Fn(bool) + Send + Sync>;
+
 #[derive(Debug)]
 struct State {
     config: ConfigSpace,
@@ -93,6 +96,7 @@ pub struct RootPort {
     state: Mutex<State>,
     children: RwLock<Option<Children>>,
     reset_hook: OnceLock<SecondaryResetHook>,
+    slot_power_hook: OnceLock<SlotPowerHook>,
 }
 
 impl fmt::Debug for RootPort {
@@ -114,13 +118,24 @@ impl RootPort {
         speed: LinkSpeed,
         allocator: Arc<dyn MsiAllocator>,
     ) -> Result<Self, RootPortError> {
-        Self::try_new(devfn, port_number, speed, allocator).map_err(|source| RootPortError { devfn, source })
+        let pcie = PcieRootPortCapability::new(port_number, speed);
+        Self::try_new(devfn, pcie, allocator).map_err(|source| RootPortError { devfn, source })
+    }
+
+    /// The same with an empty hot-plug slot, which [`insert`](Self::insert) fills.
+    pub fn with_slot(
+        devfn: DevFn,
+        port_number: u8,
+        speed: LinkSpeed,
+        allocator: Arc<dyn MsiAllocator>,
+    ) -> Result<Self, RootPortError> {
+        let pcie = PcieRootPortCapability::with_slot(port_number, speed);
+        Self::try_new(devfn, pcie, allocator).map_err(|source| RootPortError { devfn, source })
     }
 
     fn try_new(
         devfn: DevFn,
-        port_number: u8,
-        speed: LinkSpeed,
+        pcie: PcieRootPortCapability,
         allocator: Arc<dyn MsiAllocator>,
     ) -> Result<Self, RootPortErrorCause> {
         let mut config = ConfigSpace::bridge(&IDENTITY);
@@ -133,7 +148,7 @@ impl RootPort {
         let state = State {
             config,
             pm: PmCapability::new(PmeSupport::all(), true),
-            pcie: PcieRootPortCapability::new(port_number, speed),
+            pcie,
             msi: MsiVectors::new(MsiCapability::new(MSI)?, allocator),
         };
         Ok(Self {
@@ -142,6 +157,7 @@ impl RootPort {
             state: Mutex::new(state),
             children: RwLock::new(None),
             reset_hook: OnceLock::new(),
+            slot_power_hook: OnceLock::new(),
         })
     }
 
@@ -187,6 +203,45 @@ impl RootPort {
         self.reset_hook.set(hook).is_ok()
     }
 
+    /// Sets what happens when the guest turns the slot's power on or off. Called from a vCPU thread; must not block.
+    /// Returns `false` if there already was a hook, which then stays.
+    pub fn on_slot_power(&self, hook: SlotPowerHook) -> bool {
+        self.slot_power_hook.set(hook).is_ok()
+    }
+
+    /// Shows the guest that the functions below are there now, in the port's slot.
+    pub fn insert(&self) {
+        self.slot_event(|pcie| pcie.set_present(true));
+    }
+
+    /// Asks the guest to let go of what is in the slot: it turns the slot's power off when it has.
+    pub fn press_button(&self) {
+        self.slot_event(PcieRootPortCapability::press_button);
+    }
+
+    /// Shows the guest that the slot is empty.
+    pub fn empty(&self) {
+        self.slot_event(|pcie| pcie.set_present(false));
+    }
+
+    fn slot_event(&self, event: impl FnOnce(&mut PcieRootPortCapability) -> bool) {
+        let mut state = self.lock();
+        let interrupt = event(&mut state.pcie);
+        let asleep = state.pm.state() != DState::D0 || !state.pm.is_powered();
+        if asleep {
+            // The port itself asks for attention: it takes no other interrupt from a port that sleeps (section 6.7.3.4.1).
+            if state.pm.latch_pme() {
+                let has_interrupt = state.msi.capability().is_enabled();
+                let port = RequesterId { bus: 0, devfn: self.devfn };
+                if state.pcie.receive_pme(port, has_interrupt) {
+                    state.msi.signal(0);
+                }
+            }
+        } else if interrupt {
+            state.msi.signal(0);
+        }
+    }
+
     /// PowerState of the port itself.
     pub fn power_state(&self) -> DState {
         self.lock().pm.state()
@@ -227,14 +282,17 @@ impl PciFunction for RootPort {
             state.config.registers().u16(regs::BRIDGE_CONTROL) & regs::BRIDGE_SECONDARY_RESET != 0
         };
         let was_in_reset = in_reset(&state);
+        let mut slot_power = None;
         state.config.write(offset, data);
         if let Some(at) = self.spans.pm.relative(offset) {
             // The port's own state has no effect outside it: what it puts away is its power resource's to say.
             let _ = state.pm.write(at, data);
         } else if let Some(at) = self.spans.pcie.relative(offset) {
-            if state.pcie.write(at, data) {
+            let effect = state.pcie.write(at, data);
+            if effect.interrupt {
                 state.msi.signal(0);
             }
+            slot_power = effect.slot_power;
         } else if let Some(at) = self.spans.msi.relative(offset) {
             // Our own model signals through the vector set, so nobody needs to learn of a new eventfd.
             let _ = state.msi.write(at, data);
@@ -243,6 +301,9 @@ impl PciFunction for RootPort {
         drop(state);
         if reset_begins && let Some(hook) = self.reset_hook.get() {
             hook();
+        }
+        if let (Some(on), Some(hook)) = (slot_power, self.slot_power_hook.get()) {
+            hook(on);
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use acpi::notify_abi::ResourceIndex;
 use arch::layout::{PCI_INTX_GSI_BASE, PCI_INTX_GSI_COUNT};
+use devices::event_device::ReleaseSink;
 use devices::vfio::bar::GuestMapper;
 use devices::vfio::function::{FunctionSpec, VfioFunction, Windows};
 use devices::vfio::host::HostFunction;
@@ -110,7 +111,6 @@ pub enum AssignedError {
 }
 
 /// What assigned devices need of the machine.
-#[derive(Debug)]
 pub struct Surroundings {
     /// Interrupt routes.
     pub router: Arc<IrqRouter>,
@@ -124,6 +124,8 @@ pub struct Surroundings {
     pub latched: Vec<Bdf>,
     /// Where news of power goes.
     pub events: Events,
+    /// Who hears that the guest has let go of a device.
+    pub releases: Arc<dyn ReleaseSink>,
 }
 
 /// One assigned device: the host's view and the user's wishes.
@@ -189,6 +191,10 @@ pub struct SlotFunction {
     pub resource: Option<ResourceIndex>,
 }
 
+fn message_vectors(around: &Surroundings) -> Arc<dyn MsiAllocator> {
+    Arc::new(MsiVectors(Arc::clone(&around.router)))
+}
+
 impl Seat {
     /// A new root port at this device number on bus 0.
     ///
@@ -196,15 +202,34 @@ impl Seat {
     /// See [`RootPortError`].
     pub fn new_port(device: u8, around: &Surroundings) -> Result<Self, RootPortError> {
         let devfn = DevFn::from_bits(device << 3);
-        let allocator = Arc::new(MsiVectors(Arc::clone(&around.router)));
-        let port = Arc::new(RootPort::new(devfn, device, LinkSpeed::Gen2, allocator)?);
+        Ok(Self::with_port(RootPort::new(devfn, device, LinkSpeed::Gen2, message_vectors(around))?))
+    }
+
+    /// A new root port with an empty hot-plug slot. The guest turns the slot's power off when it has let go of what is there.
+    ///
+    /// # Errors
+    /// See [`RootPortError`].
+    pub fn new_slot(device: u8, around: &Surroundings) -> Result<Self, RootPortError> {
+        let devfn = DevFn::from_bits(device << 3);
+        let port = RootPort::with_slot(devfn, device, LinkSpeed::Gen2, message_vectors(around))?;
+        let releases = Arc::clone(&around.releases);
+        port.on_slot_power(Box::new(move |on| {
+            if !on {
+                releases.released(device, Ok(()));
+            }
+        }));
+        Ok(Self::with_port(port))
+    }
+
+    fn with_port(port: RootPort) -> Self {
+        let port = Arc::new(port);
         let below = Arc::new(Below::default());
         let to_reset = Arc::clone(&below);
         port.on_secondary_reset(Box::new(move || {
             let functions = to_reset.read().unwrap_or_else(PoisonError::into_inner).clone();
             functions.iter().filter_map(Weak::upgrade).for_each(|function| function.reset());
         }));
-        Ok(Self::Port(PortSeat { port, below }))
+        Self::Port(PortSeat { port, below })
     }
 
     /// Device number on bus 0: that of the port, or of the function.
@@ -247,7 +272,7 @@ pub fn build_slot(
     resources: &mut dyn Iterator<Item = ResourceIndex>,
     fixed: bool,
 ) -> Result<Slot, AssignedError> {
-    let allocator: Arc<dyn MsiAllocator> = Arc::new(MsiVectors(Arc::clone(&around.router)));
+    let allocator = message_vectors(around);
     let multi_function = handles.len() > 1;
     let lowest = handles.iter().map(|(a, _)| a.host.bdf.devfn.function()).min().unwrap_or(0);
     let mut candidates = Vec::new();

@@ -3,9 +3,12 @@
 //! A device comes in one step: it is opened, put on its bus, and the guest is told. It goes in two: the guest is asked, and once it has let go of
 //! the device, the device is closed. Closing can take as long as the host needs to give a sleeping device its power back,
 //! so a thread of its own does it, and tells of it when the device is free for others.
+//!
+//! The guest is told and asked through the hot-plug slot of a reserved root port, and everywhere else through the event device.
 
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use devices::event_device::EventDevice;
 use devices::vfio::dma;
@@ -54,8 +57,10 @@ pub struct Iommu {
     pub context: Option<Arc<IommuContext>>,
 }
 
+/// How long Linux ignores a slot after it has turned its power off (`pciehp_ctrl.c`: one second).
+const SLOT_SETTLES: Duration = Duration::from_millis(1200);
+
 /// What the devices are connected to.
-#[derive(Debug)]
 pub struct Board {
     /// Bus 0.
     pub bus: Arc<RootBus>,
@@ -70,7 +75,6 @@ pub struct Board {
 }
 
 /// The assigned devices of a machine. Fields are dropped in their order.
-#[derive(Debug)]
 pub struct AssignedDevices {
     places: Vec<Place>,
     board: Board,
@@ -157,7 +161,10 @@ impl AssignedDevices {
         place.leaving = false;
         let moved = moved(id, place);
         info!("device {} ({}) has been added at {} of the guest", assignment.host.bdf, moved.id, moved.bdf);
-        self.board.event_device.function_added(moved.place);
+        match &place.seat {
+            Seat::Port(port) if place.has_slot => port.port.insert(),
+            _ => self.board.event_device.function_added(moved.place),
+        }
         Ok(moved)
     }
 
@@ -214,7 +221,10 @@ impl AssignedDevices {
         }
         place.leaving = true;
         info!("device {id}: the guest is asked to let go of it");
-        self.board.event_device.function_leaving(place.seat.device());
+        match &place.seat {
+            Seat::Port(port) if place.has_slot => port.port.press_button(),
+            _ => self.board.event_device.function_leaving(place.seat.device()),
+        }
         Some(Ok(()))
     }
 
@@ -235,8 +245,15 @@ impl AssignedDevices {
         let Some(slot) = place.slot.take() else { return };
         let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
         let moved = moved(id, place);
+        let mut settles = Duration::ZERO;
         match &place.seat {
-            Seat::Port(port) => port.detach(),
+            Seat::Port(port) => {
+                port.detach();
+                if place.has_slot {
+                    port.port.empty();
+                    settles = SLOT_SETTLES;
+                }
+            }
             Seat::Bus0(_) => drop(self.board.bus.unplug(moved.bdf.devfn)),
         }
         self.board.notify.remove(&slot.domain);
@@ -249,6 +266,7 @@ impl AssignedDevices {
             // Nobody is in the middle of an access any more: one takes no longer than the host's answer to it.
             drop(slot);
             drop(context);
+            thread::sleep(settles);
             info!("device {id} has been removed");
             then(moved);
         };

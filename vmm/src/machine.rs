@@ -249,6 +249,7 @@ impl Machine {
             wake: Arc::clone(&events) as _,
             latched: lifetime.latched.clone(),
             events: lifetime.events.clone(),
+            releases: Arc::clone(&control) as _,
         };
         let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory())?;
         let places = build_places(&devices, &handles, &around, reserve)?;

@@ -31,6 +31,8 @@ pub struct Place {
     resources: [Option<ResourceIndex>; 2],
     /// Whether it can be filled and emptied.
     removable: bool,
+    /// Whether its port has a hot-plug slot, through which the guest hears of what comes and goes; else the event device tells it.
+    pub has_slot: bool,
     /// Whether the guest has been asked to let go.
     pub leaving: bool,
 }
@@ -111,12 +113,17 @@ pub fn build_places(
     let mut indices = (0..RESOURCE_COUNT).filter_map(|index| u8::try_from(index).ok()).map(ResourceIndex);
     let mut places = Vec::new();
     for Planned { device, below_port, members } in plan(devices, reserve)? {
-        let seat = if below_port { Seat::new_port(device, around)? } else { Seat::Bus0(device) };
+        let reserved = members.is_empty();
+        let seat = match below_port {
+            true if reserved => Seat::new_slot(device, around)?,
+            true => Seat::new_port(device, around)?,
+            false => Seat::Bus0(device),
+        };
         let handle_of = |bdf: Bdf| opened.iter().find(|handle| handle.bdf() == bdf);
         let handles: Vec<_> =
             members.iter().filter_map(|m| Some((*m, Arc::clone(handle_of(m.host.bdf)?)))).collect();
-        let empty = handles.is_empty();
-        let slot = if empty { None } else { Some(build_slot(&seat, handles, around, &mut indices, false)?) };
+        let slot =
+            if reserved { None } else { Some(build_slot(&seat, handles, around, &mut indices, false)?) };
         let resources = match &slot {
             Some(slot) => [slot.functions.first().and_then(|place| place.resource), slot.port_resource],
             None => [indices.next(), indices.next()],
@@ -125,7 +132,14 @@ pub fn build_places(
             port.attach(slot)?;
         }
         let alone = slot.as_ref().is_none_or(|slot| slot.functions.len() == 1);
-        places.push(Place { seat, slot, resources, removable: reserve.hotplug && alone, leaving: false });
+        places.push(Place {
+            seat,
+            slot,
+            resources,
+            removable: reserve.hotplug && alone,
+            has_slot: reserved,
+            leaving: false,
+        });
     }
     if reserve.hotplug {
         let taken: Vec<u8> = places.iter().map(|place| place.seat.device()).collect();
@@ -134,6 +148,7 @@ pub fn build_places(
             slot: None,
             resources: [indices.next(), None],
             removable: true,
+            has_slot: false,
             leaving: false,
         }));
     }
@@ -189,7 +204,8 @@ impl Place {
     }
 
     fn function_description(&self, devfn: DevFn, resource: Option<ResourceIndex>) -> FunctionDescription {
-        FunctionDescription { devfn, resource, place: self.removable.then(|| self.seat.device()) }
+        let notified = self.removable && !self.has_slot;
+        FunctionDescription { devfn, resource, place: notified.then(|| self.seat.device()) }
     }
 
     /// What the tables say of a port and what is below it.

@@ -6,6 +6,8 @@ use std::collections::VecDeque;
 use crate::pme::RequesterId;
 use crate::registers::Registers;
 
+use super::slot::HotPlugSlot;
+
 /// Length of the capability in bytes, version 2.
 pub const LEN: u16 = 0x3c;
 
@@ -77,10 +79,22 @@ impl LinkSpeed {
     }
 }
 
-/// A root port's PCI Express capability: no slot, link x1 up with its state reported, ARI off.
+/// What a write of the guest asks of the port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct PortEffect {
+    /// Raise the port's interrupt.
+    pub interrupt: bool,
+    /// The power of the slot was turned on or off.
+    pub slot_power: Option<bool>,
+}
+
+/// A root port's PCI Express capability: link x1 with its state reported, ARI off. Without a slot the link is up; with one it is up
+/// while there is a device that has power.
 #[derive(Clone, Debug)]
 pub struct PcieRootPortCapability {
     registers: Registers<{ LEN as usize }>,
+    slot: Option<HotPlugSlot>,
     /// Messages that came while PME Status was set.
     queue: VecDeque<RequesterId>,
     /// The guest turned the interrupt off to look at a message, and has not turned it on again.
@@ -108,7 +122,33 @@ impl PcieRootPortCapability {
         registers.set_u32(LINK_CAPABILITIES_2, speed.supported());
         registers.set_u16(LINK_CONTROL_2, speed.bits());
         registers.allow_u16(LINK_CONTROL_2, 0xf);
-        Self { registers, queue: VecDeque::new(), in_service: false }
+        Self { registers, slot: None, queue: VecDeque::new(), in_service: false }
+    }
+
+    /// The same with an empty slot that devices can be put into while the guest runs.
+    pub fn with_slot(port_number: u8, speed: LinkSpeed) -> Self {
+        let mut port = Self::new(port_number, speed);
+        port.slot = Some(HotPlugSlot::install(&mut port.registers, port_number));
+        port
+    }
+
+    /// A device is in the slot now, or is not any more. Returns whether to raise the port's interrupt; nothing happens to a port without a slot.
+    #[must_use]
+    pub fn set_present(&mut self, present: bool) -> bool {
+        self.slot_event(|slot, registers| slot.set_present(registers, present))
+    }
+
+    /// The slot's attention button is pressed: the guest is to let go of the device. Returns whether to raise the port's interrupt.
+    #[must_use]
+    pub fn press_button(&mut self) -> bool {
+        self.slot_event(|slot, registers| slot.press_button(registers))
+    }
+
+    fn slot_event(&mut self, event: impl FnOnce(HotPlugSlot, &mut Registers<{ LEN as usize }>)) -> bool {
+        let Some(slot) = self.slot else { return false };
+        let before = slot.wants_interrupt(&self.registers);
+        event(slot, &mut self.registers);
+        !before && slot.wants_interrupt(&self.registers)
     }
 
     /// The guest's read at `offset` in the capability.
@@ -119,9 +159,22 @@ impl PcieRootPortCapability {
         }
     }
 
-    /// The guest's write at `offset` in the capability; any size. Returns whether to raise the port's interrupt now.
-    #[must_use]
-    pub fn write(&mut self, offset: u16, data: &[u8]) -> bool {
+    /// The guest's write at `offset` in the capability; any size.
+    pub fn write(&mut self, offset: u16, data: &[u8]) -> PortEffect {
+        let powered = self.slot.map(|slot| slot.is_powered(&self.registers));
+        let wanted = self.slot.is_some_and(|slot| slot.wants_interrupt(&self.registers));
+        let pme = self.write_registers(offset, data);
+        let Some(slot) = self.slot else { return PortEffect { interrupt: pme, slot_power: None } };
+        slot.follow_link(&mut self.registers);
+        let power = slot.is_powered(&self.registers);
+        PortEffect {
+            interrupt: pme || (!wanted && slot.wants_interrupt(&self.registers)),
+            slot_power: (powered != Some(power)).then_some(power),
+        }
+    }
+
+    /// Takes the write; returns whether a PME is to interrupt.
+    fn write_registers(&mut self, offset: u16, data: &[u8]) -> bool {
         let (enabled, latched) = (self.pme_interrupt_enabled(), self.latched());
         self.registers.write(usize::from(offset), data);
         let now_enabled = self.pme_interrupt_enabled();
@@ -201,7 +254,7 @@ mod tests {
 
     fn listening() -> PcieRootPortCapability {
         let mut port = port();
-        assert!(!port.write(ROOT_CONTROL_AT, &[8, 0]));
+        assert!(!port.write(ROOT_CONTROL_AT, &[8, 0]).interrupt);
         port
     }
 
@@ -235,9 +288,9 @@ mod tests {
         let mut port = port();
         assert!(!port.receive_pme(from(0), true));
         assert_eq!(dword(&port, ROOT_STATUS_AT), 0x1_0100);
-        assert!(port.write(ROOT_CONTROL_AT, &[8]), "enabling with a message latched interrupts");
-        assert!(!port.write(ROOT_CONTROL_AT, &[8]), "but once");
-        assert!(!port.write(ROOT_STATUS_AT, &CLEAR));
+        assert!(port.write(ROOT_CONTROL_AT, &[8]).interrupt, "enabling with a message latched interrupts");
+        assert!(!port.write(ROOT_CONTROL_AT, &[8]).interrupt, "but once");
+        assert!(!port.write(ROOT_STATUS_AT, &CLEAR).interrupt);
         assert!(port.receive_pme(from(1), true));
         assert_eq!(dword(&port, ROOT_STATUS_AT), 0x1_0101);
     }
@@ -257,7 +310,7 @@ mod tests {
             }
             seen.push(status);
             let more = status & PME_PENDING != 0;
-            assert_eq!(port.write(ROOT_STATUS_AT, &CLEAR), more);
+            assert_eq!(port.write(ROOT_STATUS_AT, &CLEAR).interrupt, more);
         }
         assert_eq!(seen, [0x3_0100, 0x3_0101, 0x3_0102, 0x1_0100]);
     }
@@ -267,10 +320,10 @@ mod tests {
         let mut port = listening();
         assert!(port.receive_pme(from(0), true));
         for (offset, data) in [(0x20, &[0xff, 0xff][..]), (0x22, &[2]), (0x23, &[0xff]), (0x20, &[0; 4])] {
-            assert!(!port.write(offset, data));
+            assert!(!port.write(offset, data).interrupt);
             assert_eq!(dword(&port, ROOT_STATUS_AT), 0x1_0100);
         }
-        assert!(!port.write(0x22, &[1]));
+        assert!(!port.write(0x22, &[1]).interrupt);
         assert_eq!(dword(&port, ROOT_STATUS_AT), 0x0100);
     }
 
@@ -279,13 +332,13 @@ mod tests {
         let mut port = listening();
         assert!(port.is_listening());
         assert!(port.receive_pme(from(0), true));
-        assert!(!port.write(ROOT_CONTROL_AT, &[0]));
+        assert!(!port.write(ROOT_CONTROL_AT, &[0]).interrupt);
         assert!(port.is_listening());
         assert!(!port.receive_pme(from(1), true));
-        assert!(!port.write(ROOT_STATUS_AT, &CLEAR), "no interrupt while it is off");
-        assert!(port.write(ROOT_CONTROL_AT, &[8]), "the second message was waiting");
-        assert!(!port.write(ROOT_STATUS_AT, &CLEAR));
-        assert!(!port.write(ROOT_CONTROL_AT, &[0]));
+        assert!(!port.write(ROOT_STATUS_AT, &CLEAR).interrupt, "no interrupt while it is off");
+        assert!(port.write(ROOT_CONTROL_AT, &[8]).interrupt, "the second message was waiting");
+        assert!(!port.write(ROOT_STATUS_AT, &CLEAR).interrupt);
+        assert!(!port.write(ROOT_CONTROL_AT, &[0]).interrupt);
         assert!(!port.is_listening(), "turned off with nothing to serve");
     }
 
@@ -294,7 +347,7 @@ mod tests {
         let mut port = port();
         assert!(!port.receive_pme(from(0), true));
         assert!(!port.receive_pme(from(1), true));
-        assert!(!port.write(ROOT_STATUS_AT, &CLEAR));
+        assert!(!port.write(ROOT_STATUS_AT, &CLEAR).interrupt);
         assert_eq!(dword(&port, ROOT_STATUS_AT) & (PME_STATUS | PME_PENDING), 0);
         let mut mute = listening();
         assert!(!mute.receive_pme(from(0), false) && !mute.receive_pme(from(1), false));
@@ -310,14 +363,91 @@ mod tests {
         assert_eq!(port.queue.len(), QUEUE_LIMIT);
     }
 
+    const SLOT_CONTROL_AT: u16 = 0x18;
+    const SLOT_STATUS_AT: u16 = 0x1a;
+
+    fn word(port: &PcieRootPortCapability, offset: u16) -> u16 {
+        let mut data = [0; 2];
+        port.read(offset, &mut data);
+        u16::from_le_bytes(data)
+    }
+
+    /// A port with an empty slot whose driver listens to everything and has the slot's power off.
+    fn slot() -> PcieRootPortCapability {
+        let mut port = PcieRootPortCapability::with_slot(5, LinkSpeed::Gen2);
+        let control: u16 = 0x1009 | 1 << 5 | 1 << 10;
+        assert_eq!(port.write(SLOT_CONTROL_AT, &control.to_le_bytes()), PortEffect::default());
+        port
+    }
+
+    fn set_power(port: &mut PcieRootPortCapability, on: bool) -> PortEffect {
+        let control = word(port, SLOT_CONTROL_AT) & !(1 << 10) | if on { 0 } else { 1 << 10 };
+        port.write(SLOT_CONTROL_AT, &control.to_le_bytes())
+    }
+
+    #[test]
+    fn an_empty_slot_is_without_power_and_its_link_is_down() {
+        let port = PcieRootPortCapability::with_slot(5, LinkSpeed::Gen2);
+        assert_eq!(word(&port, 2) >> 8 & 1, 1, "there is a slot");
+        assert_eq!(dword(&port, 0x14), 0x0004_005b | 5 << 19);
+        assert_eq!(word(&port, SLOT_CONTROL_AT), 0x7c0);
+        assert_eq!(word(&port, SLOT_STATUS_AT), 0);
+        assert_eq!(word(&port, 0x12) & LINK_ACTIVE, 0);
+    }
+
+    #[test]
+    fn a_device_that_is_put_in_interrupts_and_has_a_link_once_it_has_power() {
+        let mut port = slot();
+        assert!(port.set_present(true));
+        assert_eq!(word(&port, SLOT_STATUS_AT), 0x48);
+        assert!(!port.set_present(true), "it is there already");
+        assert_eq!(port.write(SLOT_STATUS_AT, &[0x08, 0]), PortEffect::default());
+        assert_eq!(word(&port, SLOT_STATUS_AT), 0x40);
+        let effect = set_power(&mut port, true);
+        assert_eq!(effect, PortEffect { interrupt: true, slot_power: Some(true) }, "the link is up");
+        assert_ne!(word(&port, 0x12) & LINK_ACTIVE, 0);
+    }
+
+    #[test]
+    fn the_button_interrupts_and_power_off_is_told() {
+        let mut port = slot();
+        assert!(port.set_present(true));
+        let _ = set_power(&mut port, true);
+        let _ = port.write(SLOT_STATUS_AT, &[0xff, 0xff]);
+        assert!(port.press_button());
+        let _ = port.write(SLOT_STATUS_AT, &[0x01, 0]);
+        let effect = set_power(&mut port, false);
+        assert_eq!(effect.slot_power, Some(false));
+        assert_eq!(word(&port, 0x12) & LINK_ACTIVE, 0);
+        let _ = port.write(SLOT_STATUS_AT, &[0xff, 0xff]);
+        assert!(port.set_present(false));
+        assert_eq!(word(&port, SLOT_STATUS_AT) & 0x40, 0);
+    }
+
+    #[test]
+    fn events_that_came_while_nobody_listened_interrupt_when_somebody_does() {
+        let mut port = PcieRootPortCapability::with_slot(5, LinkSpeed::Gen2);
+        assert!(!port.set_present(true));
+        assert!(port.write(SLOT_CONTROL_AT, &[0xe8, 0x07]).interrupt);
+        assert!(!port.write(SLOT_CONTROL_AT, &[0xe8, 0x07]).interrupt, "but once");
+    }
+
+    #[test]
+    fn a_port_without_a_slot_has_none_of_it() {
+        let mut port = port();
+        assert!(!port.set_present(false) && !port.press_button());
+        let _ = port.write(SLOT_CONTROL_AT, &[0xff; 4]);
+        assert_eq!(dword(&port, 0x18), 0x0040_0000);
+    }
+
     #[test]
     fn writes_that_span_the_capability_or_miss_it_do_no_harm() {
         let mut port = listening();
         assert!(port.receive_pme(from(0), true));
-        let _ = port.write(0, &[0xff; 80]);
+        let _ = port.write(0, &[0xff; 80]).interrupt;
         assert_eq!(dword(&port, 0x0c), 0x0350_0012);
         assert_eq!(dword(&port, ROOT_STATUS_AT) & PME_STATUS, 0);
-        assert!(!port.write(u16::MAX, &[0xff; 4]));
-        assert!(!port.write(0, &[]));
+        assert!(!port.write(u16::MAX, &[0xff; 4]).interrupt);
+        assert!(!port.write(0, &[]).interrupt);
     }
 }
