@@ -1,5 +1,7 @@
 //! What MSI and MSI-X have in common: changes of their vectors, and the message vectors kept in step with them.
 
+pub mod fake;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
@@ -180,9 +182,6 @@ fn is_readable(eventfd: &EventFd) -> io::Result<bool> {
     epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
     Ok(epoll.wait(0, &mut [EpollEvent::default()])? > 0)
 }
-
-#[cfg(test)]
-pub(crate) mod fake;
 
 #[cfg(test)]
 mod tests {
