@@ -305,7 +305,7 @@ impl MsixVectors {
         let programmed = |entry: &u128| *entry & ENTRY_ADDRESS != 0;
         let last = self.capability.table.iter().rposition(programmed);
         let count = last.and_then(|last| u16::try_from(last + 1).ok()).unwrap_or(0);
-        (0..count).for_each(|vector| self.vectors.reserve(vector));
+        (0..count).for_each(|vector| self.vectors.reserve(vector, self.capability.message(vector)));
         count
     }
 
