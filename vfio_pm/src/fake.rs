@@ -2,7 +2,7 @@
 //!
 //! [`FakeFunction`] behaves as the kernel does where it matters: entry is refused while engaged, a wake ends the entry and fires its
 //! eventfd once, and so does exit. It notes what would have gone wrong on hardware (a gate opened over a sleeping device, an
-//! entry under an open gate) in [`FakeFunction::violations`].
+//! entry under an open gate, a second entry without an exit) in [`FakeFunction::violations`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -84,6 +84,8 @@ pub struct Script {
 #[derive(Debug, Default)]
 struct Hardware {
     engaged: bool,
+    /// The host believes in an entry that the domain does not know of, or could not end: only then may it be entered again.
+    stale: bool,
     eventfd: Option<EventFd>,
     d3hot: bool,
     gate_closed: bool,
@@ -98,6 +100,7 @@ struct Hardware {
 impl Hardware {
     fn disengage(&mut self) {
         self.engaged = false;
+        self.stale = false;
         if let Some(eventfd) = self.eventfd.take() {
             let _ = eventfd.write(1);
         }
@@ -259,9 +262,12 @@ impl LowPower for FakeFunction {
         hardware.calls.push(if wake.is_some() { Call::EnterWithWakeup } else { Call::Enter });
         let open = !hardware.gate_closed;
         hardware.forbid(open, "entry under an open gate");
+        let again = hardware.engaged && !hardware.stale;
+        hardware.forbid(again, "entered twice without an exit");
         let scripted = hardware.script.entries.pop_front().flatten();
         if hardware.engaged || scripted == Some(EntryFailure::Engaged) {
             hardware.engaged = true;
+            hardware.stale = true;
             return Err(EnterError::Engaged);
         }
         match scripted {
@@ -285,6 +291,7 @@ impl LowPower for FakeFunction {
         let open = !hardware.gate_closed;
         hardware.forbid(open, "exit under an open gate");
         if hardware.script.exits.pop_front() == Some(false) {
+            hardware.stale = hardware.engaged;
             return Err(ExitError(io::Error::from_raw_os_error(libc::EIO)));
         }
         hardware.disengage();

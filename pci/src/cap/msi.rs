@@ -219,7 +219,7 @@ impl MsiVectors {
     pub fn reserve_enabled(&mut self) -> u16 {
         let count =
             if self.capability.is_enabled() { u16::from(self.capability.enabled_vectors()) } else { 0 };
-        (0..count).for_each(|vector| self.vectors.reserve(vector));
+        (0..count).for_each(|vector| self.vectors.reserve(vector, self.capability.message(vector)));
         count
     }
 

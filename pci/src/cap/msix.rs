@@ -305,7 +305,7 @@ impl MsixVectors {
         let programmed = |entry: &u128| *entry & ENTRY_ADDRESS != 0;
         let last = self.capability.table.iter().rposition(programmed);
         let count = last.and_then(|last| u16::try_from(last + 1).ok()).unwrap_or(0);
-        (0..count).for_each(|vector| self.vectors.reserve(vector));
+        (0..count).for_each(|vector| self.vectors.reserve(vector, self.capability.message(vector)));
         count
     }
 
@@ -333,7 +333,8 @@ impl MsixVectors {
 
     /// See [`MsixCapability::pba_read`]; the pending bits are brought up to date first.
     pub fn pba_read(&mut self, offset: u64, data: &mut [u8]) {
-        let first = offset / 8 * 64;
+        // An offset far past the end has no vectors: their numbers would not even fit in 64 bits.
+        let first = (offset / 8).saturating_mul(64);
         for vector in (first..first.saturating_add(64)).filter_map(|vector| u16::try_from(vector).ok()) {
             let pending = self.capability.is_enabled()
                 && self.capability.message(vector).is_none()

@@ -1,5 +1,7 @@
 //! What MSI and MSI-X have in common: changes of their vectors, and the message vectors kept in step with them.
 
+pub mod fake;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
@@ -97,21 +99,15 @@ impl VectorSet {
     /// Makes a vector ahead of its first unmask; it holds signals back until then. A failure is logged once, as in
     /// [`apply`](Self::apply).
     ///
+    /// `message`: the guest has it unmasked already, but it could not be had then. Now it delivers at once.
+    ///
     /// A device whose eventfds are all set at once need not be interrupted in its work when the guest unmasks them one by one.
-    pub fn reserve(&mut self, vector: u16) {
+    pub fn reserve(&mut self, vector: u16, message: Option<MsiMessage>) {
         if self.vectors.contains_key(&vector) {
             return;
         }
-        match self.allocator.allocate() {
-            Ok(v) => {
-                if self.early.remove(&vector)
-                    && let Err(error) = v.eventfd().write(1)
-                {
-                    self.complain(vector, &error);
-                }
-                self.vectors.insert(vector, v);
-            }
-            Err(error) => self.complain(vector, &error),
+        if let Err(error) = self.make(vector, message) {
+            self.complain(vector, &error);
         }
     }
 
@@ -155,13 +151,20 @@ impl VectorSet {
         if let Some(v) = self.vectors.get(&vector) {
             return v.unmask(message);
         }
+        self.make(vector, Some(message))?;
+        allocated.push(vector);
+        Ok(())
+    }
+
+    fn make(&mut self, vector: u16, message: Option<MsiMessage>) -> io::Result<()> {
         let v = self.allocator.allocate()?;
-        v.unmask(message)?;
+        if let Some(message) = message {
+            v.unmask(message)?;
+        }
         if self.early.remove(&vector) {
             v.eventfd().write(1)?;
         }
         self.vectors.insert(vector, v);
-        allocated.push(vector);
         Ok(())
     }
 
@@ -180,9 +183,6 @@ fn is_readable(eventfd: &EventFd) -> io::Result<bool> {
     epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
     Ok(epoll.wait(0, &mut [EpollEvent::default()])? > 0)
 }
-
-#[cfg(test)]
-pub(crate) mod fake;
 
 #[cfg(test)]
 mod tests {
@@ -227,11 +227,24 @@ mod tests {
         let allocator = FakeAllocator::new();
         let mut set = VectorSet::new(allocator.clone());
         set.signal(2);
-        set.reserve(2);
-        set.reserve(2);
+        set.reserve(2, None);
+        set.reserve(2, None);
         assert_eq!(allocator.allocated(), 1);
         assert_eq!(allocator.vector(0).message(), None);
         assert_eq!(set.apply(&change(2, Some(MESSAGE))).allocated, [], "the device knows it already");
+        assert_eq!(allocator.vector(0).signals(), 1);
+    }
+
+    #[test]
+    fn a_vector_that_could_not_be_had_when_it_was_unmasked_delivers_once_it_is_reserved() {
+        let allocator = FakeAllocator::new();
+        let mut set = VectorSet::new(allocator.clone());
+        allocator.fail(true);
+        let _ = set.apply(&change(0, Some(MESSAGE)));
+        set.signal(0);
+        allocator.fail(false);
+        set.reserve(0, Some(MESSAGE));
+        assert_eq!(allocator.vector(0).message(), Some(MESSAGE));
         assert_eq!(allocator.vector(0).signals(), 1);
     }
 

@@ -142,6 +142,16 @@ fn pending_bits_read_by_any_aligned_size() {
 }
 
 #[test]
+fn pending_bits_behind_the_end_of_everything_read_all_ones() {
+    let mut msix = MsixVectors::new(msix(), FakeAllocator::new());
+    for offset in [u64::MAX - 7, 1 << 61, 0x2000_0000_0000_0000 + 8] {
+        let mut data = [0; 8];
+        msix.pba_read(offset, &mut data);
+        assert_eq!(data, [0xff; 8], "{offset:#x}");
+    }
+}
+
+#[test]
 fn capability_writes_that_span_fields_touch_only_enable_and_function_mask() {
     let mut msix = msix();
     assert_eq!(msix.write(0, &[0xff; 12]).enabled, Some(true));
