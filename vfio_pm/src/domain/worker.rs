@@ -42,14 +42,16 @@ pub(super) struct Poller {
 impl Poller {
     pub(super) fn new(kick: &EventFd, members: &[MemberSpec]) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let add = |eventfd: &EventFd, token| {
-            epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+        let add = |eventfd: &EventFd, token, how| {
+            let event = EpollEvent::new(EventSet::IN | how, token);
+            epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), event)
         };
-        add(kick, KICK)?;
+        add(kick, KICK, EventSet::empty())?;
         for (number, member) in (0..).zip(members) {
             for (kind, eventfd) in [(RELEASE, &member.signals.release), (ERROR, &member.signals.error)] {
                 if let Some(eventfd) = eventfd {
-                    add(eventfd, HOST_SIGNAL | number << 1 | kind)?;
+                    // Told once for each signal, and left readable: whoever closes the device looks at it as well.
+                    add(eventfd, HOST_SIGNAL | number << 1 | kind, EventSet::EDGE_TRIGGERED)?;
                 }
             }
         }
