@@ -186,7 +186,7 @@ impl Worker {
             Job::Operate(Operation::SetD3hot) => self.set_d3hot(number),
             Job::Operate(Operation::SetD0) => self.set_d0(number),
             Job::Operate(Operation::Reset) => self.reset(number),
-            Job::Deliver => self.shared.deliver_wake(number),
+            Job::Deliver => self.shared.deliver_wake(number, false),
             Job::Confirm => self.shared.confirm_wake(number),
             Job::Retry => self.shared.retry_wake(number),
         }
@@ -208,8 +208,7 @@ impl Worker {
         self.disarm(number);
         let woken = lock(&self.shared.state).members[number].apply(PowerEvent::Woke, Instant::now()).woken;
         if woken {
-            log::info!("power {}: woken by the host", self.shared.members[number].bdf);
-            self.shared.deliver_wake(number);
+            self.shared.deliver_wake(number, true);
         }
     }
 
