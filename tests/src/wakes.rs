@@ -1,8 +1,9 @@
 //! Waking a guest's sleeping network cards from the host's side, many times, and how long each wake took by the trace of the host's
 //! kernel.
 //!
-//! A wake begins when VFIO signals the VMM while the kernel resumes the device. The VMM's own share ends when the guest's event interrupt
-//! is raised. The wake ends when the guest's driver first touches the card, which is in its resume callback: `_ON` and the guest's
+//! A wake begins when VFIO signals the VMM while the kernel resumes the device. The VMM's own share is from there, its thread running,
+//! until it raises the guest's event interrupt; until the interrupt is there takes longer by what the host's kernel needs to let the
+//! thread run and to deliver. The wake ends when the guest's driver first touches the card, which is in its resume callback: `_ON` and the guest's
 //! PCI core do not touch its BARs.
 
 use std::thread;
@@ -40,8 +41,10 @@ pub fn vm(host: &Host, kernel: Kernel) -> VmSpec {
 /// What the wakes took, in milliseconds.
 #[derive(Debug, Default)]
 pub struct Latencies {
-    /// From the host's signal to the guest's interrupt: the VMM's own share.
+    /// From the first moment that the VMM's thread runs to its raising of the interrupt: the VMM's own share.
     pub share: Vec<f64>,
+    /// From the host's signal to the guest's interrupt.
+    pub interrupt: Vec<f64>,
     /// From the host's signal to the driver's resume callback.
     pub resume: Vec<f64>,
 }
@@ -116,6 +119,8 @@ fn trace_on(host: &Host, bars: &[(u64, u64)]) -> Result<()> {
         host,
         &[
             ("sched/sched_waking", "comm ~ \"pm-*\""),
+            ("sched/sched_switch", "next_comm ~ \"pm-*\""),
+            ("workqueue/workqueue_queue_work", "COMM ~ \"pm-*\""),
             ("kvm/kvm_set_irq", &format!("gsi == {EVENT_GSI}")),
             ("kvm/kvm_mmio", &places.join(" || ")),
         ],
@@ -126,15 +131,24 @@ impl Latencies {
     /// Books what the trace tells of wakes of the functions that have these BARs, in slot order.
     fn add(&mut self, trace: &str, bars: &[(u64, u64)]) {
         let mut signals = vec![None; bars.len()];
-        let mut last = None;
+        let (mut last, mut worker, mut runs) = (None, None, None);
         for line in trace.lines() {
             let Some(at) = trace::time(line) else { continue };
             let since = |signal: f64| (at - signal) * 1000.0;
             if let Some(slot) = signalled(line).filter(|slot| *slot < bars.len()) {
                 signals[slot] = Some(at);
                 last = Some(at);
+                worker = Some(format!("pm-{:02x}:00", slot + 1));
+            } else if let Some(name) =
+                worker.as_deref().filter(|name| line.contains(&format!("next_comm={name}")))
+            {
+                runs = Some((at, name.to_owned()));
+                worker = None;
+            } else if line.contains("workqueue_queue_work:") && line.contains("irqfd_inject") {
+                let own = runs.take_if(|(_, name)| line.trim_start().starts_with(name.as_str()));
+                self.share.extend(own.map(|(from, _)| since(from)));
             } else if line.contains("kvm_set_irq:") && line.contains("level 1") {
-                self.share.extend(last.take().map(since));
+                self.interrupt.extend(last.take().map(since));
             } else if let Some(slot) = touched(line, bars) {
                 self.resume.extend(signals[slot].take().map(since));
             }
@@ -171,6 +185,8 @@ mod tests {
     fn a_trace_tells_both_times_of_each_wake_and_a_worker_woken_otherwise_is_none() {
         let trace = "\
             head-604     [000] d..5.    60.164000: sched_waking: comm=pm-01:00 pid=170 prio=120 target_cpu=000\n\
+          <idle>-0       [000] d..2.    60.164500: sched_switch: prev_comm=head prev_pid=604 prev_prio=120 prev_state=R ==> next_comm=pm-01:00 next_pid=170 next_prio=120\n\
+        pm-01:00-170     [000] d..4.    60.165500: workqueue_queue_work: work struct=00000000ee function=irqfd_inject workqueue=kvm-irqfd-cleanup req_cpu=8192 cpu=0\n\
      kworker/0:1-11      [000] .....    60.166000: kvm_set_irq: gsi 5 level 1 source 0\n\
      kworker/0:1-11      [000] .....    60.166100: kvm_set_irq: gsi 5 level 0 source 0\n\
            vcpu1-174     [000] d..5.    60.212000: sched_waking: comm=pm-02:00 pid=171 prio=120 target_cpu=000\n\
@@ -179,7 +195,9 @@ mod tests {
         let mut latencies = Latencies::default();
         latencies.add(trace, &[(0xc004_0000, 0xc005_ffff), (0xc010_0000, 0xc011_ffff)]);
         let rounded = |values: &[f64]| values.iter().map(|value| value.round()).collect::<Vec<_>>();
-        assert_eq!((rounded(&latencies.share), rounded(&latencies.resume)), (vec![2.0], vec![135.0]));
+        assert_eq!(rounded(&latencies.share), [1.0]);
+        assert_eq!(rounded(&latencies.interrupt), [2.0]);
+        assert_eq!(rounded(&latencies.resume), [135.0]);
     }
 
     #[test]

@@ -18,8 +18,6 @@ const TABLES: [(&str, [u8; 4]); 4] =
     [("dsdt", *b"DSDT"), ("facp", *b"FACP"), ("apic", *b"APIC"), ("mcfg", *b"MCFG")];
 /// Says that the golden tables are to be written and not compared.
 const VARIABLE: &str = "GOLDEN";
-/// Differing lines that a failure shows.
-const SHOWN: usize = 60;
 
 /// The machine: a GPU in a slot of its own, a slot with two functions, and one whose power is not offered.
 fn machine() -> PlatformDescription {
@@ -85,14 +83,12 @@ fn essence(source: &str) -> Vec<String> {
     source.lines().map(code).filter(|line| !line.is_empty()).collect()
 }
 
-/// Lines of only one of the two, as a reader of patches knows them.
+/// The difference of two disassemblies as a patch, without comments and layout.
 fn differences(old: &str, new: &str) -> String {
-    let (old, new) = (essence(old), essence(new));
-    let common = old.iter().zip(&new).take_while(|(a, b)| a == b).count();
-    let side = |mark: char, lines: &[String]| -> String {
-        lines[common..].iter().take(SHOWN).map(|line| format!("{mark} {line}\n")).collect()
-    };
-    format!("first difference in line {}:\n{}{}", common + 1, side('-', &old), side('+', &new))
+    let scratch = Scratch::new();
+    scratch.write("golden.dsl", essence(old).join("\n") + "\n");
+    scratch.write("generated.dsl", essence(new).join("\n") + "\n");
+    scratch.run("diff", &["-u", "golden.dsl", "generated.dsl"]).1
 }
 
 #[test]
