@@ -5,6 +5,7 @@
 
 mod power;
 mod start;
+mod wake;
 
 use std::fmt;
 use std::fs;
@@ -48,11 +49,12 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("size", size),
     ("start", start::measure),
     ("overhead", overhead),
     ("power", power::measure),
+    ("wake", wake::measure),
     ("boot", boot),
 ];
 

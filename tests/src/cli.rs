@@ -22,7 +22,7 @@ pub enum Command {
     Test(Test),
     /// Open a shell on the emulated host, with the VMM and guest images in it.
     Shell(Vmm),
-    /// Measure boot, start, overhead and the latency of power.
+    /// Measure boot, start, overhead and the latency of power and of wakes.
     Bench(Bench),
     /// Feed random input to the parts of the VMM that a guest or a device can reach, for a bounded time.
     Fuzz(Fuzz),
@@ -56,7 +56,7 @@ pub struct Fuzz {
 /// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Only these figures: `size`, `start`, `overhead`, `power` or `boot`.
+    /// Only these figures: `size`, `start`, `overhead`, `power`, `wake` or `boot`.
     pub name: Option<String>,
     /// Which VMM.
     #[command(flatten)]
@@ -72,6 +72,9 @@ pub struct Test {
     /// Emulated hosts at a time.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub jobs: usize,
+    /// Length of the scenario with a hostile guest, in minutes.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1440))]
+    pub minutes: u32,
     /// Run tests whose name is exactly as given.
     #[arg(long)]
     pub exact: bool,

@@ -10,10 +10,14 @@ use std::process::Command;
 
 use crate::command::capture;
 use crate::error::{Result, file_error};
-use crate::spec::HostSpec;
+use crate::spec::{FIRST_PORT, HostSpec};
 
-/// Device number of the first root port on bus 0.
-pub const FIRST_PORT: usize = 0x10;
+/// What the host writes to a port's Interrupt Line register, which nobody else uses there, to have the next `_ON` of a fragile slot
+/// leave it dead: the port's bus number becomes [`NOWHERE`], so that nothing below it can be reached, as with a slot whose power
+/// supply has failed.
+pub const BROKEN: u8 = 0xdd;
+/// Bus 255, which no host has.
+const NOWHERE: u8 = 0xff;
 
 /// What one byte of the debug console says: the slot, and whether its power went on.
 pub fn decode(byte: u8) -> Option<(usize, bool)> {
@@ -37,6 +41,14 @@ pub fn source(spec: &HostSpec) -> Option<String> {
         for function in 0..spec.functions.len() {
             let _ = writeln!(asl, "  External (\\_SB.PCI0.{port}.S{function:02X}, DeviceObj)");
         }
+        if spec.fragile {
+            // Secondary and subordinate bus number, and Interrupt Line (PCI-to-PCI Bridge 1.2, section 3.2.5).
+            let _ = write!(
+                asl,
+                "  Scope (\\_SB.PCI0.{port})\n  {{\n    OperationRegion (BCFG, PCI_Config, 0x19, 0x24)\n    \
+                 Field (BCFG, ByteAcc, NoLock, Preserve) {{ BSEC, 8, BSUB, 8, Offset (0x23), BILN, 8 }}\n  }}\n",
+            );
+        }
     }
     asl.push_str(
         "  Scope (\\_SB)\n  {\n    OperationRegion (BDBG, SystemIO, 0xE9, 1)\n    \
@@ -47,21 +59,28 @@ pub fn source(spec: &HostSpec) -> Option<String> {
         let (on, off) = (b'A' + index, b'a' + index);
         let delay =
             if spec.on_delay_ms > 0 { format!("Sleep ({}) ", spec.on_delay_ms) } else { String::new() };
+        let dead = if spec.fragile {
+            let port = format!("\\_SB.PCI0.{}", port_name(slot));
+            format!(
+                "If ({port}.BILN == {BROKEN:#x}) {{ {port}.BSEC = {NOWHERE:#x} {port}.BSUB = {NOWHERE:#x} }} "
+            )
+        } else {
+            String::new()
+        };
         let _ = write!(
             asl,
             "    Name (BST{slot}, One)\n    PowerResource (BPR{slot}, 0, 0)\n    {{\n      \
              Method (_STA) {{ Return (BST{slot}) }}\n      \
-             Method (_ON, 0, Serialized) {{ {delay}BST{slot} = One BDBB = 0x{on:02X} }}\n      \
+             Method (_ON, 0, Serialized) {{ {delay}{dead}BST{slot} = One BDBB = 0x{on:02X} }}\n      \
              Method (_OFF, 0, Serialized) {{ BST{slot} = Zero BDBB = 0x{off:02X} }}\n    }}\n",
         );
     }
     asl.push_str("  }\n");
     for (slot, spec) in powered() {
-        let eject = if spec.ejectable { "    Method (_EJ0, 1) { }\n" } else { "" };
         for function in 0..spec.functions.len() {
             let _ = write!(
                 asl,
-                "  Scope (\\_SB.PCI0.{}.S{function:02X})\n  {{\n{eject}    \
+                "  Scope (\\_SB.PCI0.{}.S{function:02X})\n  {{\n    \
                  Name (_PR0, Package () {{ \\_SB.BPR{slot} }})\n    \
                  Name (_PR3, Package () {{ \\_SB.BPR{slot} }})\n  }}\n",
                 port_name(slot)
@@ -101,10 +120,12 @@ mod tests {
     }
 
     #[test]
-    fn only_an_ejectable_slot_has_an_eject_method() {
-        let slot = Slot { ejectable: true, ..Slot::new(Device::Igb) };
-        assert_eq!(source(&HostSpec::new(&[slot])).unwrap().matches("Method (_EJ0, 1)").count(), 1);
-        assert!(!source(&HostSpec::new(&[Slot::new(Device::Igb)])).unwrap().contains("_EJ0"));
+    fn only_a_fragile_slot_can_be_left_dead_by_its_method() {
+        let slot = Slot { fragile: true, ..Slot::new(Device::Igb) };
+        let asl = source(&HostSpec::new(&[Slot::new(Device::Nvme), slot])).unwrap();
+        assert_eq!(asl.matches("BILN == 0xdd").count(), 1);
+        assert!(asl.contains("\\_SB.PCI0.S88.BSEC = 0xff"));
+        assert!(!source(&HostSpec::new(&[Slot::new(Device::Igb)])).unwrap().contains("BILN"));
     }
 
     #[test]

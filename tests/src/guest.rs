@@ -229,7 +229,10 @@ impl<'h> Guest<'h> {
     pub fn power_off(&self) -> Result<()> {
         self.begin("poweroff -f")?;
         let status = self.wait_exit()?;
-        crate::error::ensure(status == 0, || format!("the VMM ended with status {status} after power-off"))
+        crate::error::ensure(status == 0, || {
+            let stderr = self.stderr().unwrap_or_default();
+            format!("the VMM ended with status {status} after power-off; it says: {}", stderr.trim())
+        })
     }
 
     /// What the VMM wrote to its standard error.

@@ -48,7 +48,7 @@ pub struct Host {
     rpc: Rpc,
     console: Wire,
     _vmm: Wire,
-    qemu: Qemu,
+    pub(crate) qemu: Qemu,
     dir: PathBuf,
 }
 

@@ -2,9 +2,9 @@
 //! judge the VMM from the host's sysfs, the firmware's power log and the guest's console. See docs/testing.md.
 //!
 //! The parts, from the bottom: [`packages`], [`kernel`], [`cpio`], [`image`] and [`artifacts`] make what is booted;
-//! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`] and
-//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests and [`fuzz`] the
-//! fuzz targets.
+//! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`],
+//! [`slot`] and [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests and
+//! [`fuzz`] the fuzz targets.
 
 mod artifacts;
 mod bench;
@@ -27,8 +27,11 @@ mod rpc;
 mod runner;
 mod scenarios;
 mod shell;
+mod slot;
 mod spec;
 mod timeline;
+mod trace;
+mod wakes;
 mod wire;
 
 use std::process::ExitCode;
@@ -105,7 +108,7 @@ fn test(options: Test) -> Result<bool> {
     if !chosen.is_empty() {
         let artifacts = artifacts::build(Profile::Testbed, options.vmm.vmm)?;
         println!("under test: {}", artifacts::version(&artifacts)?);
-        tally.add(runner::run(&chosen, &artifacts, options.jobs));
+        tally.add(runner::run(&chosen, &artifacts, options.jobs, options.minutes));
     }
     println!("{tally}");
     Ok(tally.failed == 0)

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result, file_error};
 use crate::firmware;
-use crate::spec::{Device, HostSpec};
+use crate::spec::{Device, FIRST_PORT, HostSpec, Hotplug};
 use crate::wire::connect;
 
 /// Size of the emulated NVMe drive.
@@ -87,6 +87,28 @@ impl Qemu {
         self.execute("set_link", &json!({"name": id, "up": up})).map(drop)
     }
 
+    /// Presses the slot's button, so to speak: the host is asked to let the device go.
+    pub fn unplug(&self, id: &str) -> Result<()> {
+        self.execute("device_del", &json!({"id": id})).map(drop)
+    }
+
+    /// Whether the device is there.
+    pub fn has(&self, id: &str) -> Result<bool> {
+        let answer = self.execute("qom-list", &json!({"path": "/machine/peripheral"}))?;
+        let devices = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(devices.iter().any(|device| device["name"] == id))
+    }
+
+    /// Puts a NIC back into its slot, with the cable that it had.
+    pub fn plug(&self, device: Device, slot: usize) -> Result<()> {
+        let line = format!("device_add {}", nic(device, slot, 0));
+        let answer = self.execute("human-monitor-command", &json!({"command-line": line}))?;
+        match answer.as_str().map(str::trim) {
+            None | Some("") => Ok(()),
+            Some(complaint) => Err(Error::Check(format!("QEMU refused `{line}`: {complaint}"))),
+        }
+    }
+
     /// Waits for QEMU to end by itself; its exit code.
     pub fn wait(&mut self) -> Result<i32> {
         let status = self.child.wait().map_err(file_error("wait for", "qemu-system-x86_64"))?;
@@ -151,14 +173,16 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
     }
     add(&format!("-smp {} -m {}M", spec.cpus, spec.memory_mib));
     // With ACPI hotplug QEMU gives the slots `_EJ0`, and Linux then never asks the firmware to cut power.
-    add("-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+    let by_firmware = if spec.firmware_hotplug() { "on" } else { "off" };
+    add(&format!("-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support={by_firmware}"));
     if spec.iommu {
         add("-device intel-iommu,intremap=on,device-iotlb=on");
     }
     for (slot, slot_spec) in spec.slots.iter().enumerate() {
-        let port = firmware::FIRST_PORT + slot;
+        let port = FIRST_PORT + slot;
+        let hotplug = if slot_spec.hotplug == Hotplug::None { "off" } else { "on" };
         add(&format!(
-            "-device pcie-root-port,id=rp{slot},hotplug=off,bus=pcie.0,addr={port:#x},chassis={}",
+            "-device pcie-root-port,id=rp{slot},hotplug={hotplug},bus=pcie.0,addr={port:#x},chassis={}",
             slot + 1
         ));
         for (function, device) in slot_spec.functions.iter().enumerate() {
@@ -174,8 +198,7 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
                     ));
                 }
                 Device::E1000e | Device::Igb => {
-                    let model = device.name();
-                    add(&format!("-netdev user,id=net-{id} -device {model},netdev=net-{id},{place}"));
+                    add(&format!("-netdev user,id=net-{id} -device {}{multi}", nic(*device, slot, function)));
                 }
                 Device::Nvme => {
                     let drive = boot.dir.join(format!("{id}.raw"));
@@ -187,7 +210,7 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
                         drive.display()
                     ));
                 }
-                Device::Bochs => add(&format!("-device bochs-display,{place}")),
+                Device::Bochs | Device::Xhci => add(&format!("-device {},{place}", device.name())),
             }
         }
     }
@@ -216,6 +239,12 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
         boot.cmdline
     ));
     Ok(words)
+}
+
+/// A NIC and its place, for `-device` and `device_add`.
+fn nic(device: Device, slot: usize, function: usize) -> String {
+    let id = device_id(slot, function);
+    format!("{},netdev=net-{id},id={id},bus=rp{slot},addr=0.{function}", device.name())
 }
 
 /// QEMU's name of a function.

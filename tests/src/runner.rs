@@ -46,6 +46,8 @@ pub struct Case<'a> {
     pub guest: Kernel,
     /// Time on the host's timeline when the scenario began.
     pub began: Duration,
+    /// Length of a scenario that takes as long as one likes, in minutes.
+    pub minutes: u32,
 }
 
 /// Counts of a test run.
@@ -79,8 +81,8 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Runs `scenarios` on up to `jobs` hosts at a time.
-pub fn run(scenarios: &[Scenario], artifacts: &Artifacts, jobs: usize) -> Tally {
+/// Runs `scenarios` on up to `jobs` hosts at a time. `minutes` is for those that take as long as one likes.
+pub fn run(scenarios: &[Scenario], artifacts: &Artifacts, jobs: usize, minutes: u32) -> Tally {
     let plan = Mutex::new(Plan::new(scenarios));
     let tally = Mutex::new(Tally::default());
     thread::scope(|scope| {
@@ -94,7 +96,7 @@ pub fn run(scenarios: &[Scenario], artifacts: &Artifacts, jobs: usize) -> Tally 
                     if group.replace(from) != Some(from) {
                         host = None;
                     }
-                    let held = try_scenario(scenario, artifacts, &guests, &mut host);
+                    let held = try_scenario(scenario, artifacts, &guests, &mut host, minutes);
                     tally.lock().unwrap_or_else(PoisonError::into_inner).count(held);
                 }
             });
@@ -157,6 +159,7 @@ fn try_scenario(
     artifacts: &Artifacts,
     guests: &[Kernel],
     current: &mut Option<Host>,
+    minutes: u32,
 ) -> bool {
     (1..=ATTEMPTS).any(|attempt| {
         let verdict = if attempt < ATTEMPTS { "AGAIN" } else { "FAIL" };
@@ -170,7 +173,7 @@ fn try_scenario(
                 }
             },
         };
-        let held = attempt_once(scenario, &host, verdict);
+        let held = attempt_once(scenario, &host, verdict, minutes);
         if held {
             *current = Some(host);
         }
@@ -179,9 +182,9 @@ fn try_scenario(
 }
 
 /// Runs one scenario on `host` and prints its verdict; `verdict` is what a failure is called.
-fn attempt_once(scenario: &Scenario, host: &Host, verdict: &str) -> bool {
+fn attempt_once(scenario: &Scenario, host: &Host, verdict: &str, minutes: u32) -> bool {
     let begin = Instant::now();
-    let case = Case { host, guest: scenario.guest, began: host.timeline.now() };
+    let case = Case { host, guest: scenario.guest, began: host.timeline.now(), minutes };
     let outcome = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&case)))
         .unwrap_or_else(|_| Err(Error::Check("the scenario itself panicked".to_owned())))
         .and_then(|()| healthy(host));

@@ -7,6 +7,7 @@ mod boot;
 mod doctor;
 mod endings;
 mod endurance;
+mod faults;
 mod gpu;
 mod guest_view;
 mod hostile;
@@ -14,13 +15,14 @@ mod hotplug;
 mod nic;
 mod nvme;
 mod operator;
+mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
 
 use crate::error::Result;
 use crate::runner::{Case, Scenario};
-use crate::spec::{Device, HostSpec, Kernel};
+use crate::spec::{Device, HostSpec, Hotplug, Kernel, Slot};
 
 /// Slot of the GPU on the [`standard`] host.
 const GPU: usize = 0;
@@ -49,6 +51,7 @@ pub fn all() -> Vec<Scenario> {
         endings::table(),
         administrator::table(),
         operator::table(),
+        faults::table(),
         tables::table(),
     ]
     .concat()
@@ -57,6 +60,22 @@ pub fn all() -> Vec<Scenario> {
 /// The host most scenarios share: one of each device, each in a slot of its own.
 fn standard() -> HostSpec {
     HostSpec::devices(&[Device::Gpu, Device::E1000e, Device::Igb, Device::Nvme])
+}
+
+/// Slot of the igb on the [`faulty`] host: its power supply takes 5 s to come up.
+const SLOW_IGB: usize = 0;
+/// Slot of the NVMe drive on that host, whose power supply can fail.
+const FRAGILE_NVME: usize = 1;
+/// Slot of the igb on that host that can be pulled out.
+const PLUGGED_IGB: usize = 2;
+
+/// A host with everything that can go wrong with slots.
+fn faulty() -> HostSpec {
+    HostSpec::new(&[
+        Slot::new(Device::Igb).on_delay(5000),
+        Slot { fragile: true, ..Slot::new(Device::Nvme) },
+        Slot { hotplug: Hotplug::Native, ..Slot::new(Device::Igb) },
+    ])
 }
 
 /// A scenario on the standard host with the 6.12 kernel that has every driver.

@@ -4,6 +4,9 @@
 
 use std::fmt;
 
+/// Device number of the first root port on bus 0.
+pub const FIRST_PORT: usize = 0x10;
+
 /// One of the four Debian kernels the test bed knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kernel {
@@ -51,6 +54,8 @@ pub enum Device {
     Nvme,
     /// A display without a power management capability.
     Bochs,
+    /// A USB controller without one.
+    Xhci,
 }
 
 impl Device {
@@ -61,7 +66,7 @@ impl Device {
             Self::E1000e => &["e1000e"],
             Self::Igb => &["igb"],
             Self::Nvme => &["nvme"],
-            Self::Bochs => &[],
+            Self::Bochs | Self::Xhci => &[],
         }
     }
 
@@ -73,6 +78,7 @@ impl Device {
             Self::Igb => "igb",
             Self::Nvme => "nvme",
             Self::Bochs => "bochs-display",
+            Self::Xhci => "qemu-xhci",
         }
     }
 }
@@ -86,8 +92,22 @@ pub struct Slot {
     pub power: bool,
     /// How long the firmware's `_ON` takes, in milliseconds.
     pub on_delay_ms: u32,
-    /// Whether the firmware calls its functions ejectable (`_EJ0`).
-    pub ejectable: bool,
+    /// How a device can be pulled out of it and put in while the host runs.
+    pub hotplug: Hotplug,
+    /// Whether the firmware's `_ON` leaves the slot cut off from its port when the host has asked for it
+    /// ([`Host::break_power`](crate::host::Host::break_power)).
+    pub fragile: bool,
+}
+
+/// How a slot is hotplugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Hotplug {
+    /// Not at all.
+    None,
+    /// By the port itself (PCI Express).
+    Native,
+    /// By the firmware, which calls its functions ejectable (`_EJ0`). QEMU has that for all slots of a machine.
+    Firmware,
 }
 
 impl Slot {
@@ -98,7 +118,13 @@ impl Slot {
 
     /// A slot with several functions that share its power.
     pub fn with(functions: &[Device]) -> Self {
-        Self { functions: functions.to_vec(), power: true, on_delay_ms: 0, ejectable: false }
+        Self {
+            functions: functions.to_vec(),
+            power: true,
+            on_delay_ms: 0,
+            hotplug: Hotplug::None,
+            fragile: false,
+        }
     }
 
     /// The same slot with an `_ON` that takes `milliseconds`.
@@ -173,6 +199,11 @@ impl HostSpec {
         all
     }
 
+    /// Whether the firmware hotplugs the slots of this machine.
+    pub fn firmware_hotplug(&self) -> bool {
+        self.slots.iter().any(|slot| slot.hotplug == Hotplug::Firmware)
+    }
+
     /// The device at host address `bdf`.
     pub fn device_at(&self, bdf: &str) -> Option<Device> {
         self.slots.iter().enumerate().find_map(|(slot, spec)| {
@@ -191,8 +222,13 @@ impl HostSpec {
                 if !slot.power {
                     text.push_str(" (no power resource)");
                 }
-                if slot.ejectable {
-                    text.push_str(" (ejectable)");
+                match slot.hotplug {
+                    Hotplug::None => {}
+                    Hotplug::Native => text.push_str(" (hotplug)"),
+                    Hotplug::Firmware => text.push_str(" (ejectable)"),
+                }
+                if slot.fragile {
+                    text.push_str(" (_ON may fail)");
                 }
                 if slot.on_delay_ms > 0 {
                     text.push_str(&format!(" (_ON {} ms)", slot.on_delay_ms));
@@ -203,6 +239,11 @@ impl HostSpec {
         let devices = if slots.is_empty() { "no devices".to_owned() } else { slots.join(", ") };
         format!("Linux {}, {} CPUs, {} MiB, {devices}", self.kernel, self.cpus, self.memory_mib)
     }
+}
+
+/// Host address of the root port of `slot`.
+pub fn port(slot: usize) -> String {
+    format!("0000:00:{:02x}.0", FIRST_PORT + slot)
 }
 
 /// Host address of `function` in `slot`, both from 0. The firmware numbers the buses in slot order.

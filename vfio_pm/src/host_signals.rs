@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// The eventfds by which the host's kernel speaks of one function; non-blocking. `None` where it has no such word for it.
+/// The eventfds by which the host's kernel speaks of one function; non-blocking, and never read by a power domain. `None` where it has no
+/// such word for it.
 #[derive(Clone, Debug, Default)]
 pub struct HostSignals {
     /// The host wants the device back: its driver is being unbound, or it is being removed. The kernel repeats this every ten seconds

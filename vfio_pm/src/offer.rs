@@ -110,7 +110,11 @@ fn warnings(host: &HostPower) -> Vec<String> {
                     by.bdf
                 ));
             }
-            if by.bdf != bdf {
+            if by.bdf == bdf {
+                for partner in host.partners() {
+                    warn_about_neighbour(host, partner, &mut warnings);
+                }
+            } else {
                 warn_about_bridges(host, by, &mut warnings);
             }
         }
@@ -135,8 +139,15 @@ fn warn_about_bridges(host: &HostPower, by: &DevicePower, warnings: &mut Vec<Str
         ));
     }
     for neighbour in &host.neighbours {
-        restrictions(neighbour, warnings);
-        match neighbour.driver.as_deref() {
+        warn_about_neighbour(host, neighbour, warnings);
+    }
+}
+
+/// Another device that has to sleep for the power to be cut.
+fn warn_about_neighbour(host: &HostPower, neighbour: &DevicePower, warnings: &mut Vec<String>) {
+    let bdf = host.device.bdf;
+    restrictions(neighbour, warnings);
+    match neighbour.driver.as_deref() {
             Some("vfio-pci") if host.idle_d3_disabled => warnings.push(format!(
                 "{} shares the power of {bdf} and vfio-pci keeps it awake unless a VM has it; load vfio-pci without disable_idle_d3",
                 neighbour.bdf
@@ -149,7 +160,6 @@ fn warn_about_bridges(host: &HostPower, by: &DevicePower, warnings: &mut Vec<Str
             )),
             None => {}
         }
-    }
 }
 
 /// What the host's administrator has forbidden a device.
@@ -227,6 +237,24 @@ mod tests {
             let Offer::Offered { warnings } = decide(&tree) else { panic!("{expected}: not offered") };
             assert_eq!(warnings.len(), 1, "{expected}: {warnings:?}");
             assert!(warnings[0].contains(expected), "{expected}: {warnings:?}");
+        }
+    }
+
+    #[test]
+    fn a_neighbour_that_lists_the_same_power_resource_has_to_sleep_as_well() {
+        for (own, warned) in [("LNXPOWER:00", 1), ("LNXPOWER:01", 0)] {
+            let tree = Tree::new();
+            for (device, resource) in [(DEVICE, "LNXPOWER:00"), (NEIGHBOUR, own)] {
+                let list = tree.path(device).join("firmware_node/power_resources_D3hot");
+                fs::create_dir_all(list.join(resource)).unwrap();
+            }
+            tree.write(&format!("{NEIGHBOUR}/power/control"), "on");
+            let Offer::Offered { warnings } = decide(&tree) else { panic!("not offered") };
+            assert_eq!(warnings.len(), warned, "{warnings:?}");
+            assert!(
+                warnings.iter().all(|warning| warning.contains("0000:01:00.1/power/control")),
+                "{warnings:?}"
+            );
         }
     }
 

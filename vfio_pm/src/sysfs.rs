@@ -43,6 +43,8 @@ pub struct DevicePower {
     pub d3cold_allowed: Option<bool>,
     /// Its firmware node lists power resources for D3hot (`_PR3`), so the platform can cut its power.
     pub has_pr3: bool,
+    /// Those resources, by the names of their ACPI devices: two functions with one in common lose its power together.
+    pub resources: Vec<String>,
     /// Its firmware node can be ejected (`_EJ0`), for which the kernel skips the platform's step.
     pub ejectable: bool,
 }
@@ -104,6 +106,13 @@ impl HostPower {
         std::iter::once(&self.device).chain(&self.bridges).find(|device| device.has_pr3)
     }
 
+    /// The neighbours with which it shares a power resource of its own.
+    pub fn partners(&self) -> impl Iterator<Item = &DevicePower> {
+        let shared =
+            |other: &&DevicePower| other.resources.iter().any(|name| self.device.resources.contains(name));
+        self.neighbours.iter().filter(shared)
+    }
+
     /// Whether the device has a power management capability, as far as is known.
     pub fn has_pm_capability(&self) -> bool {
         self.pm_capability.unwrap_or(true)
@@ -121,9 +130,17 @@ impl DevicePower {
             may_suspend: text(&path.join("power/control")).is_none_or(|control| control == "auto"),
             d3cold_allowed: text(&path.join("d3cold_allowed")).map(|allowed| allowed != "0"),
             has_pr3: firmware.join("power_resources_D3hot").is_dir(),
+            resources: resources(&firmware.join("power_resources_D3hot")),
             ejectable: firmware.join("eject").exists(),
         }
     }
+}
+
+/// Names of the power resources in a list: links to their devices, beside the attributes that every directory has.
+fn resources(list: &Path) -> Vec<String> {
+    let entries = fs::read_dir(list).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("LNXPOWER")).collect()
 }
 
 fn text(path: &Path) -> Option<String> {

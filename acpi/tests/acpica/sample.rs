@@ -15,12 +15,6 @@ pub const EVENTS: u64 = 0xfed2_0000;
 /// Port 1.0 (resource 0) with functions 0.0 (resource 1) and 0.1 (resource 200), port 2.0 without power control and
 /// function 0.0 below it; function 3.0 (resource 33) on bus 0, and a.0 (resource 34) and 5.0 that come and go.
 pub fn machine() -> PlatformDescription {
-    let devfn = |device, function| DevFn::new(device, function).unwrap();
-    let function = |device, number, resource: Option<u8>| FunctionDescription {
-        devfn: devfn(device, number),
-        resource: resource.map(ResourceIndex),
-        place: None,
-    };
     PlatformDescription {
         processors: vec![0, 1, 2, 3],
         interrupts: InterruptDescription {
@@ -34,18 +28,7 @@ pub fn machine() -> PlatformDescription {
             mmio64: Some(AddressRange { base: 0x80_0000_0000, size: 0x70_0000_0000 }),
             io: PortRange { base: 0x1000, size: 0xf000 },
             intx_gsi_base: 16,
-            root_ports: vec![
-                RootPortDescription {
-                    devfn: devfn(1, 0),
-                    resource: Some(ResourceIndex(0)),
-                    functions: vec![function(0, 0, Some(1)), function(0, 1, Some(200))],
-                },
-                RootPortDescription {
-                    devfn: devfn(2, 0),
-                    resource: None,
-                    functions: vec![function(0, 0, None)],
-                },
-            ],
+            root_ports: vec![slot(1, Some(0), &[Some(1), Some(200)]), slot(2, None, &[None])],
             functions: vec![
                 function(3, 0, Some(33)),
                 // An empty place, and one whose function can go.
@@ -59,6 +42,24 @@ pub fn machine() -> PlatformDescription {
         reset: ResetDescription { address: 0xfed3_0000, value: 1 },
         serial: Some(LegacyDeviceDescription { port: 0x3f8, irq: 4 }),
         rtc: Some(LegacyDeviceDescription { port: 0x70, irq: 8 }),
+    }
+}
+
+/// A root port on bus 0 and the functions below it, by their power resources.
+pub fn slot(device: u8, resource: Option<u8>, functions: &[Option<u8>]) -> RootPortDescription {
+    let functions = (0..).zip(functions).map(|(number, resource)| function(0, number, *resource));
+    RootPortDescription {
+        devfn: DevFn::new(device, 0).unwrap(),
+        resource: resource.map(ResourceIndex),
+        functions: functions.collect(),
+    }
+}
+
+fn function(device: u8, number: u8, resource: Option<u8>) -> FunctionDescription {
+    FunctionDescription {
+        devfn: DevFn::new(device, number).unwrap(),
+        resource: resource.map(ResourceIndex),
+        place: None,
     }
 }
 

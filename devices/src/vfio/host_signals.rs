@@ -14,8 +14,12 @@ use super::open::Handle;
 
 /// Connects the host's words on a function. Wakes it. What cannot be connected is missing, which only costs the message.
 pub fn listen(handle: &Handle) -> HostSignals {
+    let release = connect(handle, VFIO_PCI_REQ_IRQ_INDEX, "its host's requests to release it");
+    if let Some(release) = &release {
+        handle.watch_release(Arc::clone(release));
+    }
     HostSignals {
-        release: connect(handle, VFIO_PCI_REQ_IRQ_INDEX, "its host's requests to release it"),
+        release,
         error: connect(handle, VFIO_PCI_ERR_IRQ_INDEX, "errors that the bus reports of it"),
     }
 }

@@ -7,9 +7,9 @@
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use iommufd_ioctls::IommuFd;
 use log::warn;
@@ -21,6 +21,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{
     VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioIommufd, VfioOps, VfioRegionInfoCap,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 /// Why a host function could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +129,7 @@ impl IommuContext {
             device: ManuallyDrop::new(device),
             config_offset,
             config_size,
+            release: OnceLock::new(),
         };
         let mut identity = [0xff; 4];
         handle.config_read(0, &mut identity).map_err(|e| OpenError::Dead { bdf, cause: e.to_string() })?;
@@ -198,6 +200,8 @@ pub struct Handle {
     device: ManuallyDrop<VfioDevice>,
     config_offset: u64,
     config_size: u64,
+    /// Fired, and never read, once the host has wanted the function back.
+    release: OnceLock<Arc<EventFd>>,
 }
 
 impl fmt::Debug for Handle {
@@ -220,6 +224,16 @@ impl Handle {
     /// Its directory in the host's sysfs.
     pub fn sysfs(&self) -> &Path {
         &self.sysfs
+    }
+
+    /// Remembers the eventfd by which the host asks for the function.
+    pub(super) fn watch_release(&self, release: Arc<EventFd>) {
+        let _ = self.release.set(release);
+    }
+
+    /// Whether the host wants the function back.
+    fn is_wanted_back(&self) -> bool {
+        self.release.get().is_some_and(|release| release.read().is_ok())
     }
 
     /// Bytes of configuration space: 256 or 4096.
@@ -304,13 +318,16 @@ impl AsFd for Handle {
 impl Drop for Handle {
     #[allow(unsafe_code)] // see below
     fn drop(&mut self) {
-        // The crate looks the IOMMU group up in sysfs once more when it closes a device, and panics where the
-        // device has been pulled out of the host meanwhile. Then the descriptors are left to the process's end.
-        if self.sysfs.join("iommu_group").exists() {
+        // The crate closes the device, looks its IOMMU group up in sysfs once more, and panics where it finds none. A host that waits
+        // for the device to remove it does so between the two. Then only the file is closed here, which is what the host waits for;
+        // the group's is left to the process's end.
+        if self.is_wanted_back() || !self.sysfs.join("iommu_group").exists() {
+            // SAFETY: `self.device` owns the descriptor, and is neither used nor dropped after this.
+            drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
+            warn!("device {}: given back to the host, which has asked for it", self.name);
+        } else {
             // SAFETY: dropped here once, and `self` is not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.device) }
-        } else {
-            warn!("device {}: it has left the host; its file is closed when this process ends", self.name);
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::guest::{Guest, VmSpec};
 use crate::host::{Host, sysfs};
 use crate::scenarios::steps::{FIRST, bdf, pass_traffic, unbind};
 use crate::spec::{Device, HostSpec, Kernel};
+use crate::trace;
 
 /// Slots of the host.
 const NVME: usize = 0;
@@ -20,8 +21,6 @@ const NIC_CYCLES: usize = 11;
 /// Rounds of the bare calls.
 const BARE: usize = 40;
 
-const TRACING: &str = "/sys/kernel/tracing";
-const EVENTS: &str = "syscalls/sys_enter_ioctl kvm/kvm_mmio rpm/rpm_return_int";
 /// `VFIO_DEVICE_FEATURE`.
 const FEATURE_IOCTL: &str = "0x3b75";
 /// Where a guest finds the power notification device (docs/power.md).
@@ -96,7 +95,7 @@ fn latency(
     let device = bdf(slot);
     trace_on(host)?;
     let bare = host.run_for(&format!("vfio_probe {device} {BARE}"), Duration::from_secs(120))?.text;
-    let mut bare_off = spans(&trace_off(host)?, CALL, suspended(&device));
+    let mut bare_off = spans(&trace::stop(host)?, CALL, suspended(&device));
     let bare_exit = bare_ms(&bare, "exit")?;
 
     let mut vm = VmSpec::new(kernel).device_with(&device, ",hold_off=0");
@@ -107,7 +106,7 @@ fn latency(
     trace_on(host)?;
     cycle(host, &guest)?;
     std::thread::sleep(Duration::from_secs(1));
-    let trace = trace_off(host)?;
+    let trace = trace::stop(host)?;
     host.sh("killall -CONT tee; sleep 1")?;
     let mut off = spans(&trace, STORE, suspended(&device));
     let mut share = spans(&trace, STORE, |line| line.contains(CALL));
@@ -135,19 +134,14 @@ fn latency(
 /// Lets the host's kernel note the three moments that count: a bare call, the guest's store to the power notification device, and
 /// the end of the device's suspend.
 fn trace_on(host: &Host) -> Result<()> {
-    host.sh(&format!(
-        "[ -e {TRACING}/trace ] || mount -t tracefs trace {TRACING}; cd {TRACING} \
-         && echo mono >trace_clock && echo >trace \
-         && echo 'cmd == {FEATURE_IOCTL}' >events/syscalls/sys_enter_ioctl/filter \
-         && echo 'gpa >= {NOTIFICATION} && gpa < {NOTIFICATION_END}' >events/kvm/kvm_mmio/filter \
-         && for event in {EVENTS}; do echo 1 >events/$event/enable; done && echo 1 >tracing_on"
-    ))
-    .map(drop)
-}
-
-/// Ends that; what was noted, one line an event.
-fn trace_off(host: &Host) -> Result<String> {
-    host.sh(&format!("cd {TRACING}; echo 0 >tracing_on; grep -v '^#' trace"))
+    trace::start(
+        host,
+        &[
+            ("syscalls/sys_enter_ioctl", &format!("cmd == {FEATURE_IOCTL}")),
+            ("kvm/kvm_mmio", &format!("gpa >= {NOTIFICATION} && gpa < {NOTIFICATION_END}")),
+            ("rpm/rpm_return_int", "0"),
+        ],
+    )
 }
 
 /// A bare call, and a guest's store to the power notification device, as the trace shows them.
@@ -164,7 +158,7 @@ fn spans(trace: &str, request: &str, end: impl Fn(&str) -> bool) -> Vec<f64> {
     let mut asked = None;
     let mut times = Vec::new();
     for line in trace.lines() {
-        let at = line.split_whitespace().find_map(|word| word.strip_suffix(':')?.parse::<f64>().ok());
+        let at = trace::time(line);
         if line.contains(request) {
             // Low power's end is the same call as its begin: the last one before the suspend is what led to it. Of stores the
             // first one after `_ON` (1) counts, which is the function's; its port's may follow.

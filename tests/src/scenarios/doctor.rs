@@ -9,7 +9,7 @@ use super::{E1000E, GPU, NVME, on, scenario};
 use crate::error::{Error, Result, ensure};
 use crate::host::{Host, sysfs};
 use crate::runner::{Case, Scenario};
-use crate::spec::{Device, HostSpec, Kernel, Slot, address};
+use crate::spec::{Device, HostSpec, Hotplug, Kernel, Slot, address};
 
 /// How often the sleeping device is examined.
 const RUNS: usize = 100;
@@ -17,11 +17,11 @@ const RUNS: usize = 100;
 const LONG: Duration = Duration::from_secs(240);
 
 pub fn table() -> Vec<Scenario> {
-    let bochs = HostSpec::new(&[Slot::new(Device::Bochs)]);
+    let without = HostSpec::devices(&[Device::Bochs, Device::Xhci]);
     let mut no_iommu = HostSpec::new(&[Slot::new(Device::E1000e)]);
     no_iommu.iommu = false;
     let no_power = HostSpec::new(&[Slot { power: false, ..Slot::new(Device::E1000e) }]);
-    let ejectable = HostSpec::new(&[Slot { ejectable: true, ..Slot::new(Device::E1000e) }]);
+    let ejectable = HostSpec::new(&[Slot { hotplug: Hotplug::Firmware, ..Slot::new(Device::E1000e) }]);
     let two = HostSpec::new(&[Slot::with(&[Device::Gpu, Device::E1000e])]);
     let old = scenario("doctor_tries_a_device_with_linux_6_1_in_the_host", verify);
     let old = Scenario { host: old.host.clone().kernel(Kernel::Cloud6_1), ..old };
@@ -32,12 +32,14 @@ pub fn table() -> Vec<Scenario> {
         scenario("doctor_names_a_kernel_that_is_too_old", old_kernel),
         scenario("doctor_tries_a_device_and_leaves_it_as_it_was", verify),
         old,
-        on(bochs, "doctor_names_the_missing_power_management_capability", no_capability),
+        on(without, "doctor_names_the_missing_power_management_capability", no_capability),
         on(ejectable, "doctor_names_a_slot_that_can_be_ejected", |case| {
             names(case.host, 0, &["ejectable"]).map(drop)
         }),
         on(two, "doctor_names_a_partner_on_another_driver", partner),
-        on(no_iommu, "doctor_names_the_missing_iommu", |case| names(case.host, 0, &["iommu"]).map(drop)),
+        on(no_iommu, "doctor_names_the_missing_iommu", |case| {
+            names(case.host, 0, &["iommu", "driver"]).map(drop)
+        }),
         on(no_power, "doctor_names_the_missing_power_resources", |case| {
             names(case.host, 0, &["power-resources"]).map(drop)
         }),
@@ -60,12 +62,13 @@ fn blockers(report: &Value) -> Vec<&str> {
     found.filter_map(|finding| finding["check"].as_str()).collect()
 }
 
-/// Checks that the doctor names these blockers among those it finds, and says so by its exit status.
+/// Checks that the doctor names these blockers and no others, and says so by its exit status.
 fn names(host: &Host, slot: usize, wanted: &[&str]) -> Result<Value> {
     let (status, report) = examine(host, slot, "")?;
     let found = blockers(&report);
-    let all = wanted.iter().all(|name| found.contains(name));
-    ensure(status == 3 && all, || format!("status {status}, blockers {found:?} instead of {wanted:?}"))?;
+    ensure(status == 3 && found == wanted, || {
+        format!("status {status}, blockers {found:?} instead of {wanted:?}")
+    })?;
     Ok(report)
 }
 
@@ -125,7 +128,7 @@ fn old_kernel(case: &Case<'_>) -> Result<()> {
 fn partner(case: &Case<'_>) -> Result<()> {
     let (host, other) = (case.host, address(0, 1));
     give(host, &other, UIO)?;
-    let found = names(host, 0, &["group"]);
+    let found = names(host, 0, &["group", "neighbour"]);
     give(host, &other, VFIO)?;
     let text = found?.to_string();
     ensure(text.contains("driver uio_pci_generic"), || format!("the partner's driver is not named: {text}"))
@@ -155,16 +158,22 @@ fn verify(case: &Case<'_>) -> Result<()> {
 }
 
 fn no_capability(case: &Case<'_>) -> Result<()> {
-    let host = case.host;
+    for slot in 0..case.host.spec.slots.len() {
+        no_capability_in(case.host, slot)?;
+    }
+    Ok(())
+}
+
+fn no_capability_in(host: &Host, slot: usize) -> Result<()> {
     let says = |report: &Value| {
         let text = report.to_string();
         ensure(text.contains("no PCI power management capability"), || format!("not named: {text}"))
     };
     // Asleep, only what follows from it can be seen; awake, the capability itself.
-    says(&names(host, 0, &["d3cold-allowed"])?)?;
-    let control = sysfs(&bdf(0), "power/control");
+    says(&names(host, slot, &["d3cold-allowed"])?)?;
+    let control = sysfs(&bdf(slot), "power/control");
     write(host, &control, "on")?;
-    let awake = names(host, 0, &["pm-capability"]);
+    let awake = names(host, slot, &["pm-capability", "power-control"]);
     write(host, &control, "auto")?;
     says(&awake?)
 }

@@ -3,13 +3,13 @@
 use std::thread;
 use std::time::Duration;
 
+use super::recovery::Footprint;
 use super::steps::{
     FIRST, IDLE, SECOND, bdf, guest_is_content, no_driver, unbound_to_sleep, unbound_wake, vendor,
 };
 use super::{GPU, NVME, scenario};
-use crate::error::{Error, Result, ensure};
+use crate::error::{Result, ensure};
 use crate::guest::VmSpec;
-use crate::host::Host;
 use crate::runner::{Case, Scenario};
 
 /// Cycles of each of the two devices.
@@ -18,8 +18,6 @@ const CYCLES: usize = 500;
 const DWELL: u32 = 60;
 /// Cycles before the first look, for what is made once.
 const WARM_UP: usize = 20;
-/// KiB by which private memory may differ: the allocator's own slack.
-const SLACK_KIB: i64 = 512;
 
 pub fn table() -> Vec<Scenario> {
     vec![scenario("thousand_power_cycles_from_two_vcpus_leak_nothing", thousand)]
@@ -45,14 +43,14 @@ fn thousand(case: &Case<'_>) -> Result<()> {
         cycle(&guest, 50)?;
     }
     thread::sleep(Duration::from_secs(1));
-    let after = Footprint::of(host)?;
+    let grown = before.is_kept(host);
     for slot in [GPU, NVME] {
         let (cuts, returns) = (host.power_count(slot, false, since), host.power_count(slot, true, since));
         ensure(cuts == returns, || format!("slot {slot}: power cut {cuts} times, given {returns} times"))?;
         // A cycle whose resume overtakes the host's asynchronous suspend is right, and cuts no power.
         ensure(cuts * 2 >= CYCLES, || format!("slot {slot}: power was cut {cuts} times of {CYCLES}"))?;
     }
-    ensure(before.fits(&after), || format!("the VMM has grown: before {before:?}, after {after:?}"))?;
+    grown?;
     for (function, id) in [FIRST, SECOND].into_iter().zip(ids) {
         let now = vendor(&guest, function)?;
         ensure(now == id, || format!("{function} answers {now} instead of {id}"))?;
@@ -72,35 +70,4 @@ fn cycle(guest: &crate::guest::Guest<'_>, count: usize) -> Result<()> {
         |cpu: usize, function: &str| format!("taskset -c {cpu} guest_tool cycle {function} {count} {DWELL}");
     let script = format!("{} & one=$!; {} && wait $one", one(0, FIRST), one(1, SECOND));
     guest.sh_for(&script, Duration::from_secs(180)).map(drop)
-}
-
-/// What a leak would show in.
-#[derive(Debug, PartialEq, Eq)]
-struct Footprint {
-    descriptors: i64,
-    threads: i64,
-    mappings: i64,
-    private_kib: i64,
-}
-
-impl Footprint {
-    fn of(host: &Host) -> Result<Self> {
-        // Anonymous memory beside guest RAM: the heap and stacks.
-        let text = host.sh(
-            "p=/proc/$(pidof dormouse); ls $p/fd | wc -l; ls $p/task | wc -l; wc -l <$p/maps; \
-             awk '/^[0-9a-f]+-/ {ram = 0} /^Size:/ {ram = $2 > 262144} /^Private/ {if (!ram) s += $2} END {print s}' $p/smaps",
-        )?;
-        let numbers: Vec<i64> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
-        let &[descriptors, threads, mappings, private_kib] = numbers.as_slice() else {
-            return Err(Error::Check(format!("cannot read the VMM's footprint: {text}")));
-        };
-        Ok(Self { descriptors, threads, mappings, private_kib })
-    }
-
-    fn fits(&self, after: &Self) -> bool {
-        after.descriptors <= self.descriptors
-            && after.threads <= self.threads
-            && after.mappings <= self.mappings + 2
-            && after.private_kib <= self.private_kib + SLACK_KIB
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::recovery::{Baseline, Footprint};
 use super::steps::{FIRST, IDLE, SECOND, WAKE, bdf, nic_to_sleep, no_driver, pass_traffic, unbind, vm};
 use super::{E1000E, GPU, NVME, scenario};
 use crate::error::{Result, ensure};
@@ -13,8 +14,6 @@ use crate::runner::{Case, Scenario};
 const MEMORY_DECODE: u16 = 2;
 /// The third assigned function, as the guest sees it.
 const THIRD: &str = "0000:03:00.0";
-/// How long a guest does its worst, in seconds.
-const ABUSE: u64 = 60;
 /// Vendor and device of an 82574L, as one double word.
 const E1000E_ID: &str = "0x10d38086";
 
@@ -100,8 +99,11 @@ fn decode_race(case: &Case<'_>) -> Result<()> {
 /// slots come and go as quickly as here. The guest's two are switched in the middle of everything all the same.
 fn abuse(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    let guest =
-        host.start_vm(&vm(case, &[GPU, E1000E, NVME]).cpus(2).memory("1G").cmdline("iomem=relaxed"))?;
+    let seconds = u64::from(case.minutes) * 60;
+    let spec = vm(case, &[GPU, E1000E, NVME]).cpus(2).memory("1G").cmdline("iomem=relaxed");
+    let before = Baseline::of(host, spec.clone())?;
+    let guest = host.start_vm(&spec)?;
+    let footprint = Footprint::of(host)?;
     let functions = [FIRST, SECOND, THIRD];
     for function in functions {
         no_driver(&guest, function)?;
@@ -111,17 +113,18 @@ fn abuse(case: &Case<'_>) -> Result<()> {
     guest.sh(&format!("echo auto >{}", sysfs(THIRD, "power/control")))?;
     let vmm = host.sh("pidof dormouse")?;
     let one = |cpu: usize, seed: u64| {
-        format!("taskset -c {cpu} guest_tool abuse {ABUSE} {seed} {}", functions.join(" "))
+        format!("taskset -c {cpu} guest_tool abuse {seconds} {seed} {}", functions.join(" "))
     };
     // What its kernel has to say of this guest's deeds does not matter; that it and the VMM live on does.
     guest.sh_for(
         &format!("dmesg -n 1; {} & one=$!; {} && wait $one", one(0, 2021), one(1, 71077345)),
-        Duration::from_secs(ABUSE + 120),
+        Duration::from_secs(seconds + 120),
     )?;
     ensure(host.sh("pidof dormouse")? == vmm, || "the VMM has not survived".to_owned())?;
     let mark = guest.mark();
     guest.begin("reboot -f")?;
     guest.wait_ready(mark)?;
+    footprint.is_kept(host)?;
     guest.sh("timeout 20 guest_tool drm")?;
     host.set_link(E1000E, true)?;
     pass_traffic(&guest, SECOND)?;
@@ -130,7 +133,8 @@ fn abuse(case: &Case<'_>) -> Result<()> {
         unbind(&guest, function)?;
         host.wait_power_state(&bdf(slot), "D3cold", IDLE)?;
     }
-    guest.power_off()
+    guest.power_off()?;
+    before.holds_again(host, &bdf(NVME))
 }
 
 /// A VM whose function has no driver and may be mapped by anybody.

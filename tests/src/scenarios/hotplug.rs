@@ -3,9 +3,7 @@
 
 use std::time::Duration;
 
-use super::steps::{
-    FIRST, IDLE, WAKE, bdf, guest_is_content, nic_to_sleep, pass_traffic, vm, wait_for_drive,
-};
+use super::steps::{FIRST, IDLE, bdf, guest_is_content, nic_to_sleep, pass_traffic, vm, wait_for_drive};
 use super::{E1000E, IGB, NVME, scenario, with_old_kernels};
 use crate::error::{Result, ensure};
 use crate::guest::{Guest, VmSpec};

@@ -13,18 +13,22 @@ use crate::state::Phase;
 use crate::stats::WakeCause;
 
 impl Shared {
-    /// A new wake, or one kept while the guest was paused.
-    pub(super) fn deliver_wake(&self, number: usize) {
+    /// A wake: a `new` one, or one kept while the guest was paused or told before.
+    pub(super) fn deliver_wake(&self, number: usize, new: bool) {
         let now = Instant::now();
+        let told = || {
+            if new {
+                log::info!("power {}: woken by the host", self.members[number].bdf);
+            }
+        };
         let policy = {
             let mut state = lock(&self.state);
             let paused = state.paused;
             let member = &mut state.members[number];
-            if !is_awake(member) {
-                return;
-            }
-            if paused {
-                member.wake.deferred = true;
+            if !is_awake(member) || paused {
+                member.wake.deferred = is_awake(member);
+                drop(state);
+                told();
                 return;
             }
             member.policy
@@ -39,9 +43,10 @@ impl Shared {
             }
         }
         if pme_enabled || policy.needs_driver {
-            self.notify_guest(number, pme_enabled);
+            self.notify_guest(number, pme_enabled, told);
             return;
         }
+        told();
         let wait = {
             let mut state = lock(&self.state);
             let member = &mut state.members[number];
@@ -66,13 +71,15 @@ impl Shared {
         );
     }
 
-    /// Sets the WAKE bit and interrupts the guest.
-    fn notify_guest(&self, number: usize, pme_enabled: bool) {
+    /// Sets the WAKE bit and interrupts the guest. `told` logs the wake, for which the guest does not wait.
+    fn notify_guest(&self, number: usize, pme_enabled: bool, told: impl FnOnce()) {
         let now = Instant::now();
         let last = {
             let mut state = lock(&self.state);
             let member = &mut state.members[number];
             if !is_awake(member) {
+                drop(state);
+                told();
                 return;
             }
             member.wake.bit = true;
@@ -85,6 +92,7 @@ impl Shared {
             member.wake.retries > 0 && member.wake.retries >= self.spec.timing.retries.len()
         };
         self.spec.wake.notify();
+        told();
         let bdf = self.members[number].bdf;
         log::info!("power {bdf}: PME raised (event device)");
         if last {
@@ -135,7 +143,7 @@ impl Shared {
             }
             member.wake.retries = member.wake.retries.saturating_add(1);
         }
-        self.deliver_wake(number);
+        self.deliver_wake(number, false);
     }
 
     /// Arms the next attempt to tell the guest; there is none after the last.

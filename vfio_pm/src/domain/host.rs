@@ -13,10 +13,6 @@ impl Shared {
     /// The eventfd of a function's release request (or, with `error`, of an error) has fired. Worker thread, with no operation under way.
     pub(super) fn host_says(&self, number: usize, error: bool) {
         let Some(member) = self.spec.members.get(number) else { return };
-        let signal = if error { &member.signals.error } else { &member.signals.release };
-        if let Some(signal) = signal {
-            let _ = signal.read();
-        }
         let (kind, message) = if error {
             let message = "the bus has reported an error of it; see the host's kernel log (AER), and reset the device from the guest or \
                            start the VM again";

@@ -42,14 +42,16 @@ pub(super) struct Poller {
 impl Poller {
     pub(super) fn new(kick: &EventFd, members: &[MemberSpec]) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let add = |eventfd: &EventFd, token| {
-            epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+        let add = |eventfd: &EventFd, token, how| {
+            let event = EpollEvent::new(EventSet::IN | how, token);
+            epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), event)
         };
-        add(kick, KICK)?;
+        add(kick, KICK, EventSet::empty())?;
         for (number, member) in (0..).zip(members) {
             for (kind, eventfd) in [(RELEASE, &member.signals.release), (ERROR, &member.signals.error)] {
                 if let Some(eventfd) = eventfd {
-                    add(eventfd, HOST_SIGNAL | number << 1 | kind)?;
+                    // Told once for each signal, and left readable: whoever closes the device looks at it as well.
+                    add(eventfd, HOST_SIGNAL | number << 1 | kind, EventSet::EDGE_TRIGGERED)?;
                 }
             }
         }
@@ -192,7 +194,7 @@ impl Worker {
             Job::Operate(Operation::SetD0) => self.set_d0(number),
             Job::Operate(Operation::Reset) => self.reset(number),
             Job::Wake => self.wake(number),
-            Job::Deliver => self.shared.deliver_wake(number),
+            Job::Deliver => self.shared.deliver_wake(number, false),
             Job::Confirm => self.shared.confirm_wake(number),
             Job::Retry => self.shared.retry_wake(number),
         }
@@ -214,8 +216,7 @@ impl Worker {
         self.disarm(number);
         let woken = lock(&self.shared.state).members[number].apply(PowerEvent::Woke, Instant::now()).woken;
         if woken {
-            log::info!("power {}: woken by the host", self.shared.members[number].bdf);
-            self.shared.deliver_wake(number);
+            self.shared.deliver_wake(number, true);
         }
     }
 
@@ -348,7 +349,7 @@ impl Worker {
         };
         if woken {
             log::info!("power {bdf}: woken for the operator");
-            shared.deliver_wake(number);
+            shared.deliver_wake(number, false);
         }
     }
 

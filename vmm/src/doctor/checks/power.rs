@@ -2,9 +2,6 @@
 //!
 //! ACPI 6.5 sections 6.3.3 (`_EJ0`), 7.3.8 (`_PR0`) and 7.3.11 (`_PR3`), as Linux shows them in `firmware_node`.
 
-use std::collections::BTreeSet;
-use std::fs;
-
 use devices::vfio::bind::VFIO_PCI;
 use pci::Bdf;
 use vfio_pm::sysfs::DevicePower;
@@ -29,9 +26,7 @@ pub fn check(host: &Host, patient: &Patient) -> Vec<Finding> {
     findings.extend(wakeup(host, patient.bdf(), patient.pm.pme_from_d3cold, own));
     if own {
         findings.extend(port::hotplug_of_a_slot_that_is_cut(host, patient));
-        for other in
-            patient.power.neighbours.iter().filter(|other| share_resource(host, patient.bdf(), other.bdf))
-        {
+        for other in patient.power.partners() {
             findings.extend(neighbour(host, patient, other));
         }
         return findings;
@@ -88,19 +83,6 @@ fn cutter<'a>(host: &Host, patient: &'a Patient) -> Result<(&'a DevicePower, Fin
     Err(Finding::device(bdf, Check::PowerResources, Severity::Blocker, meaning)
         .reads(chain().map(|device| resources(device.bdf)))
         .remedy(remedy))
-}
-
-/// Whether two functions list the same power resource, by the names of its ACPI devices.
-fn share_resource(host: &Host, one: Bdf, other: Bdf) -> bool {
-    let names = |bdf| -> BTreeSet<_> {
-        let directory = host.attribute(bdf, "firmware_node/power_resources_D3hot");
-        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        entries
-            .map(|entry| entry.file_name())
-            .filter(|name| name.to_string_lossy().starts_with("LNXPOWER"))
-            .collect()
-    };
-    !names(one).is_disjoint(&names(other))
 }
 
 /// Whether the device is to wake the system and cannot from D3cold. `own`: its power is cut by resources of its own.
