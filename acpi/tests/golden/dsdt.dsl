@@ -18,7 +18,7 @@ DefinitionBlock ("", "DSDT", 2, "DORMSE", "DORMOUSE", 0x00000001)
                     )
                 Memory32Fixed (ReadWrite,
                     0xFED20000,         // Address Base
-                    0x00000004,         // Address Length
+                    0x00000010,         // Address Length
                     )
                 Memory32Fixed (ReadWrite,
                     0xFED30000,         // Address Base
@@ -557,10 +557,13 @@ DefinitionBlock ("", "DSDT", 2, "DORMSE", "DORMOUSE", 0x00000001)
                     0x0000000A,
                 }
             })
-            OperationRegion (EREG, SystemMemory, 0xFED20000, 0x04)
+            OperationRegion (EREG, SystemMemory, 0xFED20000, 0x10)
             Field (EREG, DWordAcc, NoLock, WriteAsZeros)
             {
-                EVTS,   32
+                EVTS,   32, 
+                ADDD,   32, 
+                LEAV,   32, 
+                RLSD,   32
             }
 
             OperationRegion (WREG, SystemMemory, 0xFED10010, 0x20)
