@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum CtlError {
     /// Nobody to talk to.
-    #[error("ctl: no VMM is named; give --api-socket PATH, as the VMM was started with")]
+    #[error("no VMM is named; give --api-socket PATH, as the VMM was started with")]
     NoSocket,
     /// The VMM did not do it.
     #[error(transparent)]
