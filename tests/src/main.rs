@@ -3,7 +3,7 @@
 //!
 //! The parts, from the bottom: [`packages`], [`kernel`], [`cpio`], [`image`] and [`artifacts`] make what is booted;
 //! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`] and
-//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`] and [`checks`] the workspace's own tests.
+//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests, and [`promtool`] judges metrics.
 
 mod artifacts;
 mod bench;
@@ -20,6 +20,7 @@ mod image;
 mod kernel;
 mod packages;
 mod paths;
+mod promtool;
 mod qemu;
 mod rpc;
 mod runner;
@@ -49,8 +50,8 @@ fn main() -> ExitCode {
         }
         Command::Prepare => prepare().map(|()| true),
         Command::List => {
-            for name in checks::names().map(str::to_owned).chain(scenarios::all().into_iter().map(|s| s.name))
-            {
+            let own = checks::names().chain(promtool::names()).map(str::to_owned);
+            for name in own.chain(scenarios::all().into_iter().map(|s| s.name)) {
                 println!("{name}");
             }
             Ok(true)
@@ -88,13 +89,14 @@ fn test(options: Test) -> Result<bool> {
         .filter(|scenario| wanted(&scenario.name) || filter == "scenario")
         .collect();
     let mut tally = Tally::default();
-    let checks_chosen = checks::names().filter(|name| wanted(name)).count();
+    let checks_chosen = checks::names().chain(promtool::names()).filter(|name| wanted(name)).count();
     if chosen.is_empty() && checks_chosen == 0 {
         return Err(error::Error::Check(format!(
             "no test has {filter:?} in its name; see `cargo testbed list`"
         )));
     }
     tally.add(checks::run(wanted));
+    tally.add(promtool::run(wanted));
     if !chosen.is_empty() {
         let artifacts = artifacts::build(Profile::Testbed, options.vmm.vmm)?;
         println!("under test: {}", artifacts::version(&artifacts)?);

@@ -114,7 +114,7 @@ fn perform(args: &CtlArgs, terminal: bool) -> Result<String, CtlError> {
     let client = Client::new(socket, timeout);
     let reply = client.send(&request, &fds)?;
     let text = reply.text();
-    if args.json || text.is_empty() || matches!(args.command, CtlCommand::Metrics) {
+    if args.json || text.is_empty() || matches!(args.command, CtlCommand::Metrics { .. }) {
         return Ok(with_line_end(&text));
     }
     // What ch-remote has too is what it prints, unless a person looks at it.

@@ -214,7 +214,11 @@ pub enum CtlCommand {
         clear_latch: bool,
     },
     /// Print all figures in the OpenMetrics format.
-    Metrics,
+    Metrics {
+        /// In Prometheus's older text format, which node_exporter reads from files.
+        #[arg(long)]
+        plain: bool,
+    },
 }
 
 impl CtlCommand {
@@ -226,7 +230,7 @@ impl CtlCommand {
                 | Self::PowerPolicy { .. }
                 | Self::PowerWake { .. }
                 | Self::PowerReset { .. }
-                | Self::Metrics
+                | Self::Metrics { .. }
         )
     }
 }
