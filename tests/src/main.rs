@@ -3,8 +3,8 @@
 //!
 //! The parts, from the bottom: [`packages`], [`kernel`], [`cpio`], [`image`] and [`artifacts`] make what is booted;
 //! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`],
-//! [`slot`] and [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests and
-//! [`fuzz`] the fuzz targets.
+//! [`slot`] and [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests,
+//! [`fuzz`] the fuzz targets, and [`promtool`] judges metrics.
 
 mod artifacts;
 mod bench;
@@ -22,6 +22,7 @@ mod image;
 mod kernel;
 mod packages;
 mod paths;
+mod promtool;
 mod qemu;
 mod rpc;
 mod runner;
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::command(&options),
         Command::Prepare => prepare().and_then(|()| fuzz::tools()).map(|_| true),
         Command::List => {
-            let own = checks::names().map(str::to_owned).chain(fuzz::names());
+            let own = checks::names().chain(promtool::names()).map(str::to_owned).chain(fuzz::names());
             for name in own.chain(scenarios::all().into_iter().map(|s| s.name)) {
                 println!("{name}");
             }
@@ -95,7 +96,7 @@ fn test(options: Test) -> Result<bool> {
         .collect();
     let mut tally = Tally::default();
     let fuzzed: Vec<_> = fuzz::names().filter(|name| wanted(name)).collect();
-    let checks_chosen = checks::names().filter(|name| wanted(name)).count();
+    let checks_chosen = checks::names().chain(promtool::names()).filter(|name| wanted(name)).count();
     if chosen.is_empty() && fuzzed.is_empty() && checks_chosen == 0 {
         return Err(error::Error::Check(format!(
             "no test has {filter:?} in its name; see `cargo testbed list`"
@@ -105,6 +106,7 @@ fn test(options: Test) -> Result<bool> {
     if !fuzzed.is_empty() {
         tally.add(fuzz::test(&fuzzed, options.jobs));
     }
+    tally.add(promtool::run(wanted));
     if !chosen.is_empty() {
         let artifacts = artifacts::build(Profile::Testbed, options.vmm.vmm)?;
         println!("under test: {}", artifacts::version(&artifacts)?);

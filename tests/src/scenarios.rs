@@ -4,6 +4,7 @@
 mod administrator;
 mod bad_input;
 mod boot;
+mod clients;
 mod doctor;
 mod endings;
 mod endurance;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Scenario> {
         // The longest first: it is not to be the last.
         endurance::table(),
         boot::table(),
+        clients::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use log::LevelFilter;
 use pci::Bdf;
 use thiserror::Error;
@@ -18,7 +18,9 @@ use crate::config::{
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
+use crate::logger::{FormatError, LogFormat};
 use crate::manual;
+use crate::multicall::{self, Program};
 use crate::top::TopArgs;
 
 #[cfg(test)]
@@ -41,7 +43,6 @@ const NOT_YET: &[&str] = &[
     "ivshmem",
     "landlock",
     "landlock-rules",
-    "log-format",
     "memory-zone",
     "net",
     "numa",
@@ -73,6 +74,26 @@ struct Cli {
     run: Run,
     #[command(subcommand)]
     command: Option<Command>,
+}
+
+/// The same VMM under Cloud Hypervisor's name: without the commands, which are none of Cloud Hypervisor's.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cloud-hypervisor",
+    version = multicall::VERSION_LINES,
+    arg_required_else_help = true
+)]
+struct CloudHypervisor {
+    #[command(flatten)]
+    run: Run,
+}
+
+/// The client under the name of Cloud Hypervisor's.
+#[derive(Debug, Parser)]
+#[command(name = "ch-remote", version = multicall::VERSION, arg_required_else_help = true)]
+struct ChRemote {
+    #[command(flatten)]
+    ctl: CtlArgs,
 }
 
 #[derive(Debug, Args)]
@@ -112,6 +133,9 @@ struct Run {
     /// Write the log to this file instead of standard error.
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
+    /// Form of a log line: text with {boottime}, {wallclock}, {pid}, {tid}, {thread}, {level}, {location}, {msg}
+    #[arg(long, value_name = "TEXT")]
+    log_format: Option<String>,
     /// Serve the REST API on a Unix socket: path=PATH, or fd=N for one that listens already
     #[arg(long, value_name = "path=PATH|fd=N")]
     api_socket: Option<String>,
@@ -127,7 +151,7 @@ struct Run {
     /// Log more: -v, -vv, -vvv.
     #[arg(short = 'v', action = ArgAction::Count)]
     verbosity: u8,
-    /// System call filter; only "false" so far.
+    /// System call filter: there is none yet, whatever is asked for.
     #[arg(long, value_name = "MODE", value_enum, hide = true)]
     seccomp: Option<Seccomp>,
 }
@@ -233,6 +257,8 @@ pub struct ControlOptions {
     pub event_monitor: Option<Endpoint>,
     /// Whether the VMM stays when the guest has switched itself off.
     pub no_shutdown: bool,
+    /// Whether a filter of system calls was asked for, which is not there.
+    pub wants_filter: bool,
 }
 
 /// Where and how much to log.
@@ -242,6 +268,8 @@ pub struct LogOptions {
     pub file: Option<PathBuf>,
     /// The least important level that is written.
     pub level: LevelFilter,
+    /// Another form of line.
+    pub format: Option<LogFormat>,
 }
 
 /// What is wrong with the command line: one line for standard error.
@@ -256,28 +284,60 @@ pub enum CliError {
     /// An option of Cloud Hypervisor that is not there yet.
     #[error("--{0} is not in Dormouse yet; leave it out, or see docs/compatibility.md")]
     NotYet(String),
+    /// A form of log lines that cannot be used.
+    #[error(transparent)]
+    Format(#[from] FormatError),
     /// The manual page.
     #[error(transparent)]
     Manual(#[from] manual::ManualError),
 }
 
-/// Reads the command line, the program's name first.
+/// Reads the command line, the program's name first, as that of `program`.
 ///
 /// # Errors
 /// See [`CliError`].
-pub fn parse<I>(arguments: I) -> Result<Action, CliError>
+pub fn parse<I>(program: Program, arguments: I) -> Result<Action, CliError>
 where
     I: IntoIterator,
     I::Item: Into<OsString> + Clone,
 {
-    let matches = match command().try_get_matches_from(arguments) {
+    let command = match program {
+        Program::Dormouse => with_refused(Cli::command()),
+        Program::CloudHypervisor => with_refused(CloudHypervisor::command()),
+        Program::ChRemote => ChRemote::command(),
+    };
+    let matches = match command.try_get_matches_from(arguments) {
         Ok(matches) => matches,
         Err(error) => return usage(&error),
     };
-    if let Some(name) = NOT_YET.iter().find(|name| matches.contains_id(name)) {
-        return Err(CliError::NotYet((*name).to_owned()));
+    match program {
+        Program::Dormouse => own(&matches),
+        Program::CloudHypervisor => {
+            refuse(&matches)?;
+            match CloudHypervisor::from_arg_matches(&matches) {
+                Ok(CloudHypervisor { run }) => run.action(),
+                Err(error) => usage(&error),
+            }
+        }
+        Program::ChRemote => match ChRemote::from_arg_matches(&matches) {
+            // What it prints is for programs, even at a terminal.
+            Ok(ChRemote { ctl }) => Ok(Action::Ctl(Box::new(CtlArgs { json: true, ..ctl }))),
+            Err(error) => usage(&error),
+        },
     }
-    let cli = match Cli::from_arg_matches(&matches) {
+}
+
+/// Refuses the options that are not there yet.
+fn refuse(matches: &ArgMatches) -> Result<(), CliError> {
+    match NOT_YET.iter().find(|name| matches.try_contains_id(name).unwrap_or(false)) {
+        Some(name) => Err(CliError::NotYet((*name).to_owned())),
+        None => Ok(()),
+    }
+}
+
+fn own(matches: &ArgMatches) -> Result<Action, CliError> {
+    refuse(matches)?;
+    let cli = match Cli::from_arg_matches(matches) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
@@ -302,8 +362,8 @@ pub fn shown() -> clap::Command {
 }
 
 /// The command with the options that are only known to be refused.
-fn command() -> clap::Command {
-    NOT_YET.iter().fold(Cli::command(), |command, &name| {
+fn with_refused(command: clap::Command) -> clap::Command {
+    NOT_YET.iter().fold(command, |command, &name| {
         let argument = clap::Arg::new(name)
             .long(name)
             .hide(true)
@@ -332,14 +392,12 @@ fn usage(error: &clap::Error) -> Result<Action, CliError> {
 
 impl Run {
     fn action(self) -> Result<Action, CliError> {
-        if self.seccomp.is_some_and(|seccomp| seccomp != Seccomp::False) {
-            return Err(CliError::NotYet("seccomp other than false".to_owned()));
-        }
         let options = ControlOptions {
             api_socket: Endpoint::parse_option("--api-socket", self.api_socket.as_deref())?,
             metrics_socket: Endpoint::parse_option("--metrics-socket", self.metrics_socket.as_deref())?,
             event_monitor: Endpoint::parse_option("--event-monitor", self.event_monitor.as_deref())?,
             no_shutdown: self.no_shutdown,
+            wants_filter: self.seccomp.is_some_and(|seccomp| seccomp != Seccomp::False),
         };
         let level = match self.verbosity {
             0 => LevelFilter::Warn,
@@ -347,7 +405,8 @@ impl Run {
             2 => LevelFilter::Debug,
             _ => LevelFilter::Trace,
         };
-        let log = LogOptions { file: self.log_file.clone(), level };
+        let format = self.log_format.as_deref().map(str::parse).transpose()?;
+        let log = LogOptions { file: self.log_file.clone(), level, format };
         // Without anything to boot the machine comes through the API, all of it.
         if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
             if let Some(option) = self.machine_option() {

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum CtlError {
     /// Nobody to talk to.
-    #[error("ctl: no VMM is named; give --api-socket PATH, as the VMM was started with")]
+    #[error("no VMM is named; give --api-socket PATH, as the VMM was started with")]
     NoSocket,
     /// The VMM did not do it.
     #[error(transparent)]
@@ -114,7 +114,7 @@ fn perform(args: &CtlArgs, terminal: bool) -> Result<String, CtlError> {
     let client = Client::new(socket, timeout);
     let reply = client.send(&request, &fds)?;
     let text = reply.text();
-    if args.json || text.is_empty() || matches!(args.command, CtlCommand::Metrics) {
+    if args.json || text.is_empty() || matches!(args.command, CtlCommand::Metrics { .. }) {
         return Ok(with_line_end(&text));
     }
     // What ch-remote has too is what it prints, unless a person looks at it.

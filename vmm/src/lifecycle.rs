@@ -18,6 +18,7 @@ use crate::control::StopReason;
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
+use crate::multicall::Program;
 use crate::orders::{Completion, Order, Orders, Resize};
 use crate::running::Running;
 use crate::status::{MachineView, Status, VmState};
@@ -452,6 +453,6 @@ pub fn announce(text: &str) {
     if log::max_level() >= LevelFilter::Info {
         info!("{text}");
     } else {
-        eprintln!("dormouse: {text}");
+        eprintln!("{}: {text}", Program::current().name());
     }
 }

@@ -6,6 +6,10 @@
 //!
 //! A guest can provoke messages as often as it likes, so each place in the code may write only a few in a
 //! row; what is held back is counted and mentioned. With debug messages on, nothing is held back.
+//!
+//! [`format`](mod@format) is for another form of line.
+
+mod format;
 
 use std::ffi::CStr;
 use std::fmt;
@@ -18,6 +22,10 @@ use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::multicall::Program;
+
+pub use format::{FormatError, LogFormat};
+
 /// Lines that one place may write in one period.
 const LINES_PER_PERIOD: u64 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
@@ -29,21 +37,36 @@ pub const MAIN_THREAD: &CStr = c"vmm";
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Starts logging, to `file` if there is one. Called once, before there is a second thread.
+/// Starts logging, to `file` if there is one, in the usual form unless there is another. Called once, before there is a second thread.
 ///
 /// # Errors
 /// There is a logger already.
-pub fn init(file: Option<File>, level: LevelFilter, start: Instant) -> Result<(), log::SetLoggerError> {
+pub fn init(
+    file: Option<File>,
+    level: LevelFilter,
+    format: Option<LogFormat>,
+    start: Instant,
+) -> Result<(), log::SetLoggerError> {
     let limited = level < LevelFilter::Debug;
-    let logger = LOGGER.get_or_init(|| Logger { file, level, start, limiter: limited.then(Limiter::new) });
+    let program = Program::current();
+    let logger = LOGGER.get_or_init(|| Logger {
+        program,
+        file,
+        level,
+        format,
+        start,
+        limiter: limited.then(Limiter::new),
+    });
     log::set_logger(logger)?;
     log::set_max_level(level);
     Ok(())
 }
 
 struct Logger {
+    program: Program,
     file: Option<File>,
     level: LevelFilter,
+    format: Option<LogFormat>,
     start: Instant,
     limiter: Option<Limiter>,
 }
@@ -64,7 +87,8 @@ impl Log for Logger {
             None => 0,
         };
         // One write for a line, so that lines of different threads do not mix.
-        let line = Line { record, now, held_back }.to_string();
+        let line =
+            Line { program: self.program, format: self.format.as_ref(), record, now, held_back }.to_string();
         let result = match &self.file {
             Some(file) => (&*file).write_all(line.as_bytes()),
             None => io::stderr().lock().write_all(line.as_bytes()),
@@ -83,6 +107,8 @@ fn rank(metadata: &Metadata<'_>) -> Level {
 }
 
 struct Line<'a> {
+    program: Program,
+    format: Option<&'a LogFormat>,
     record: &'a Record<'a>,
     now: Duration,
     held_back: u64,
@@ -90,21 +116,31 @@ struct Line<'a> {
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.format {
+            Some(format) => format.write(f, self.record, self.now)?,
+            None => self.write_usual(f)?,
+        }
+        if self.held_back > 0 {
+            write!(f, " ({} messages from here held back)", self.held_back)?;
+        }
+        f.write_str("\n")
+    }
+}
+
+impl Line<'_> {
+    fn write_usual(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let thread = thread::current();
         let module = self.record.module_path().unwrap_or("?");
         write!(
             f,
-            "dormouse: {}.{:06}s: <{}> {}:{module} -- {}",
+            "{}: {}.{:06}s: <{}> {}:{module} -- {}",
+            self.program.name(),
             self.now.as_secs(),
             self.now.subsec_micros(),
             thread_name(thread.name()),
             self.record.level(),
             self.record.args()
-        )?;
-        if self.held_back > 0 {
-            write!(f, " ({} messages from here held back)", self.held_back)?;
-        }
-        f.write_str("\n")
+        )
     }
 }
 
@@ -169,18 +205,25 @@ mod tests {
 
     #[test]
     fn lines_have_time_thread_level_and_module() {
-        let line = |held_back| {
+        let line = |program, format: Option<LogFormat>, held_back| {
             let now = Duration::from_micros(1_042_317);
             thread::Builder::new()
                 .name("vcpu0".into())
-                .spawn(move || Line { record: &record(1), now, held_back }.to_string())
+                .spawn(move || {
+                    Line { program, format: format.as_ref(), record: &record(1), now, held_back }.to_string()
+                })
                 .unwrap()
                 .join()
                 .unwrap()
         };
-        assert_eq!(line(0), "dormouse: 1.042317s: <vcpu0> WARN:devices::rtc -- hello\n");
+        let usual = ": 1.042317s: <vcpu0> WARN:devices::rtc -- hello\n";
+        for program in [Program::Dormouse, Program::CloudHypervisor] {
+            assert_eq!(line(program, None, 0), format!("{}{usual}", program.name()));
+        }
+        let other = "{level} {location}: {msg}".parse().ok();
+        assert_eq!(line(Program::Dormouse, other, 0), "WARN rtc.rs:1: hello\n");
         assert_eq!((thread_name(Some("main")), thread_name(None)), ("vmm", "?"));
-        assert!(line(3).ends_with("hello (3 messages from here held back)\n"));
+        assert!(line(Program::Dormouse, None, 3).ends_with("hello (3 messages from here held back)\n"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! This file reads the command line, runs what was asked for, and turns the outcome into one line on standard error
 //! and an exit status: 0 when the guest switched itself off or the VMM was asked to end, 1 otherwise. The doctor's says how bad it is.
+//! [`multicall`] has its other names.
 
 mod api;
 mod assigned;
@@ -23,6 +24,7 @@ mod machine;
 mod manual;
 mod memory;
 mod memslot;
+mod multicall;
 mod orders;
 mod output;
 mod places;
@@ -52,6 +54,7 @@ use crate::config::VmConfig;
 use crate::event_loop::Signals;
 use crate::events::{Events, Monitor};
 use crate::lifecycle::Lifecycle;
+use crate::multicall::Program;
 use crate::orders::Orders;
 use crate::remedy::remedy;
 use crate::sockets::{Listener, open_output};
@@ -60,24 +63,26 @@ use crate::vm_error::VmError;
 
 fn main() -> ExitCode {
     let start = Instant::now();
-    let result = run(start);
+    let program = Program::of(std::env::args_os().next().as_deref());
+    program.announce();
+    let result = run(program, start);
     serial::restore();
     match result {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("dormouse: error: {}", chain(error.as_ref()));
+            eprint!("{}", program.failure(&chain(error.as_ref())));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
-    match cli::parse(std::env::args_os())? {
+fn run(program: Program, start: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    match cli::parse(program, std::env::args_os())? {
         Action::Print(text) => output::print(&text)?,
         Action::Bind { bdf, force } => println!("{}", Binder::default().force(force).bind(bdf)?),
         Action::Unbind(bdf) => println!("{}", Binder::default().unbind(bdf)?),
         Action::Doctor(options) => {
-            logger::init(None, LevelFilter::Warn, start)?;
+            logger::init(None, LevelFilter::Warn, None, start)?;
             return Ok(ExitCode::from(doctor::run(options)?));
         }
         Action::Ctl(args) => ctl::run(&args)?,
@@ -85,7 +90,10 @@ fn run(start: Instant) -> Result<ExitCode, Box<dyn Error>> {
         Action::Man(directory) => manual::pages(cli::shown(), &directory)?,
         Action::Run { config, options, log } => {
             let file = log.file.as_deref().map(open_log).transpose()?;
-            logger::init(file, log.level, start)?;
+            logger::init(file, log.level, log.format, start)?;
+            if options.wants_filter {
+                log::warn!("--seccomp: there is no filter of system calls yet; the VMM runs without one");
+            }
             run_vmm(config, &options, start)?;
         }
     }

@@ -52,6 +52,8 @@ pub struct Request {
     pub body: Option<Vec<u8>>,
     /// Descriptors that came with it.
     pub descriptors: Vec<OwnedFd>,
+    /// Whether `Accept` names plain text and not OpenMetrics: the only two forms of anything here.
+    pub wants_plain_text: bool,
 }
 
 /// What the body of a reply is.
@@ -61,6 +63,8 @@ pub enum Content {
     Json,
     /// OpenMetrics text.
     OpenMetrics,
+    /// Prometheus's text format.
+    PlainText,
 }
 
 impl Content {
@@ -68,6 +72,7 @@ impl Content {
         match self {
             Self::Json => "application/json",
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::PlainText => "text/plain; version=0.0.4; charset=utf-8",
         }
     }
 }
@@ -137,6 +142,7 @@ struct Head {
     path: String,
     length: BodyLength,
     expects_continue: bool,
+    wants_plain_text: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,6 +223,7 @@ impl Connection {
                 path: head.path,
                 body: (!body.is_empty()).then_some(body),
                 descriptors,
+                wants_plain_text: head.wants_plain_text,
             }),
             None => Next::Refused(complaint("Invalid HTTP Method.")),
         })
@@ -355,6 +362,7 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let mut length = None;
     let mut chunked = false;
     let mut expects_continue = false;
+    let (mut plain_text, mut open_metrics) = (false, false);
     for header in request.headers.iter() {
         let value = std::str::from_utf8(header.value).map_err(|_| "Invalid header.".to_owned())?.trim();
         if header.name.eq_ignore_ascii_case("content-length") {
@@ -371,6 +379,9 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
             }
         } else if header.name.eq_ignore_ascii_case("expect") {
             expects_continue = value.eq_ignore_ascii_case("100-continue");
+        } else if header.name.eq_ignore_ascii_case("accept") {
+            plain_text |= value.contains("text/plain");
+            open_metrics |= value.contains("application/openmetrics-text");
         }
     }
     let length = match (length, chunked) {
@@ -385,7 +396,8 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
         _ => None,
     };
     let path = absolute_path(request.path.unwrap_or_default()).to_owned();
-    Ok(Some(Head { len: end, method, path, length, expects_continue }))
+    let wants_plain_text = plain_text && !open_metrics;
+    Ok(Some(Head { len: end, method, path, length, expects_continue, wants_plain_text }))
 }
 
 /// The path of a request target in origin or absolute form (RFC 9112, section 3.2).

@@ -6,6 +6,7 @@ use pci::bar::BarKind;
 use serde_json::{Value, json};
 
 use super::{Api, power};
+use crate::multicall::VERSION;
 use crate::status::{BarPlace, DeviceView, MachineView};
 use crate::vm_error::VmError;
 
@@ -15,7 +16,7 @@ pub const API_VERSION: &str = "54.0.0";
 /// Who answers.
 pub fn ping(_api: &Api) -> Result<Value, VmError> {
     Ok(json!({
-        "build_version": concat!("v54.0.0-dormouse-", env!("CARGO_PKG_VERSION")),
+        "build_version": VERSION,
         "version": API_VERSION,
         "pid": std::process::id(),
         "features": ["kvm"],

@@ -1,5 +1,11 @@
 //! `GET /metrics`: what a monitoring system wants to know, as OpenMetrics text (OpenMetrics 1.0), written by `prometheus-client`, the Prometheus
 //! project's own library. Made when asked for, from what [`vm.power`](super::power) shows too; no device is touched.
+//!
+//! [`text`] is for a client that wants the older text format. The names are kept stable: docs/metrics has rules and a dashboard for them.
+
+#[cfg(test)]
+mod tests;
+mod text;
 
 use std::fmt;
 use std::path::Path;
@@ -57,8 +63,13 @@ const COUNTS: &[(&str, &str, &str)] = &[
     ("storm_hold_offs", "storm_hold_offs", "Hold-offs made longer by a wake storm"),
 ];
 
-/// The text.
-pub fn metrics(api: &Api) -> Vec<u8> {
+/// The figures in the older text format.
+pub fn plain(api: &Api) -> Vec<u8> {
+    text::from_open_metrics(&open_metrics(api)).into_bytes()
+}
+
+/// The figures as OpenMetrics.
+pub fn open_metrics(api: &Api) -> String {
     let mut devices = Vec::new();
     let state = api.status.look(|_, state, machine| {
         for device in machine.iter().flat_map(|machine| &machine.devices) {
@@ -72,12 +83,7 @@ pub fn metrics(api: &Api) -> Vec<u8> {
         power,
     });
     let scrape = Scrape { uptime: api.start.elapsed().as_secs_f64(), state, devices: devices.collect() };
-    let mut registry = Registry::with_prefix("dormouse");
-    registry.register_collector(Box::new(Arc::new(scrape)));
-    let mut text = String::new();
-    // A string takes everything.
-    let _ = encode(&mut text, &registry);
-    text.into_bytes()
+    scrape.text()
 }
 
 impl Collector for Scrape {
@@ -131,6 +137,15 @@ impl Collector for Scrape {
 }
 
 impl Scrape {
+    fn text(self) -> String {
+        let mut registry = Registry::with_prefix("dormouse");
+        registry.register_collector(Box::new(Arc::new(self)));
+        let mut text = String::new();
+        // A string takes everything.
+        let _ = encode(&mut text, &registry);
+        text
+    }
+
     fn by_kind<'a>(
         &'a self,
         label: &'static str,

@@ -94,7 +94,13 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
 pub fn answer(request: Request, api: &Api, access: Access) -> Reply {
     if request.path == "/metrics" {
         return match request.method {
-            Method::Get => Reply { status: 200, body: Some((Content::OpenMetrics, metrics::metrics(api))) },
+            Method::Get if request.wants_plain_text => {
+                Reply { status: 200, body: Some((Content::PlainText, metrics::plain(api))) }
+            }
+            Method::Get => {
+                let text = metrics::open_metrics(api).into_bytes();
+                Reply { status: 200, body: Some((Content::OpenMetrics, text)) }
+            }
             _ => bad_request(),
         };
     }

@@ -4,7 +4,7 @@ use super::*;
 use crate::config::{ConsoleMode, LostPolicy, PowerChoice, WakePolicy};
 
 fn parse_words(line: &str) -> Result<Action, CliError> {
-    parse(std::iter::once("dormouse").chain(line.split_whitespace()))
+    parse(Program::Dormouse, std::iter::once("dormouse").chain(line.split_whitespace()))
 }
 
 fn machine(line: &str) -> (VmConfig, LogOptions) {
@@ -35,7 +35,7 @@ fn a_machine_with_two_devices_is_read() {
     );
     assert_eq!((devices[1].power, devices[1].wake), (PowerChoice::Off, WakePolicy::Ignore));
     assert_eq!(devices[1].hold_off, Some(250));
-    assert_eq!(log, LogOptions { file: Some("l".into()), level: LevelFilter::Debug });
+    assert_eq!(log, LogOptions { file: Some("l".into()), level: LevelFilter::Debug, format: None });
 }
 
 #[test]
@@ -55,8 +55,7 @@ fn every_power_key_of_a_device_is_read_and_wrong_ones_name_what_is_possible() {
         ("toggle_rate=fast", "toggle_rate"),
     ] {
         let line = format!("--kernel k --device path=/a,{wrong}");
-        let args = std::iter::once("dormouse").chain(line.split_whitespace());
-        let error = parse(args).unwrap_err().to_string();
+        let error = error(&line);
         assert!(error.contains(expected), "{wrong}: {error}");
     }
 }
@@ -76,7 +75,7 @@ fn defaults_are_cloud_hypervisors_but_for_the_console() {
 
 #[test]
 fn a_command_line_may_start_with_a_hyphen() {
-    let action = parse(["dormouse", "--kernel", "k", "--cmdline", "-- single"]).unwrap();
+    let action = parse(Program::Dormouse, ["dormouse", "--kernel", "k", "--cmdline", "-- single"]).unwrap();
     let Action::Run { config: Some(config), .. } = action else { panic!("{action:?}") };
     assert_eq!(config.payload.unwrap().cmdline.as_deref(), Some("-- single"));
 }
@@ -103,10 +102,77 @@ fn every_option_that_is_not_there_yet_is_refused_by_name() {
             assert_eq!(error(&line), message, "{line}");
         }
     }
+}
+
+#[test]
+fn a_filter_of_system_calls_can_be_asked_for_and_a_wrong_mode_is_refused() {
+    for (mode, wanted) in [("true", true), ("log", true), ("errno", true), ("false", false)] {
+        let line = format!("--kernel k --seccomp {mode}");
+        assert!(
+            matches!(parse_words(&line), Ok(Action::Run { options, .. }) if options.wants_filter == wanted),
+            "{line}"
+        );
+    }
+    assert!(matches!(parse_words("--kernel k"), Ok(Action::Run { options, .. }) if !options.wants_filter));
+    assert!(error("--kernel k --seccomp maybe").contains("maybe"));
+}
+
+#[test]
+fn the_form_of_log_lines_is_read_and_verbosity_adds_up() {
+    let words = ["dormouse", "--kernel", "k", "-v", "-v", "-v", "--log-format", "{level} {msg}"];
+    let action = parse(Program::Dormouse, words).unwrap();
+    let Action::Run { log, .. } = action else { panic!("{action:?}") };
+    assert_eq!((log.level, log.format), (LevelFilter::Trace, "{level} {msg}".parse().ok()));
+    assert!(error("--kernel k --log-format {color}").contains("it takes {boottime}"));
+}
+
+#[test]
+fn as_cloud_hypervisor_it_has_the_options_without_the_commands() {
+    let words = |line: &str| -> Vec<String> {
+        std::iter::once("/usr/bin/cloud-hypervisor")
+            .chain(line.split_whitespace())
+            .map(str::to_owned)
+            .collect()
+    };
+    let parse = |line: &str| parse(Program::CloudHypervisor, words(line));
+    let kata = parse("--api-socket /run/vc/vm/1/clh-api.sock -v -v --seccomp false").unwrap();
+    assert!(matches!(kata, Action::Run { config: None, .. }), "{kata:?}");
+    assert!(matches!(parse("--kernel k --cpus boot=2"), Ok(Action::Run { config: Some(_), .. })));
+    assert!(parse("doctor").is_err() && parse("ctl ping").is_err());
     assert!(
-        error("--kernel k --seccomp true").starts_with("--seccomp other than false is not in Dormouse yet")
+        parse("--kernel k --disk path=d").unwrap_err().to_string().starts_with("--disk is not in Dormouse")
     );
-    machine("--kernel k --seccomp false");
+    let Ok(Action::Print(help)) = parse("--help") else { panic!() };
+    assert!(help.contains("Usage: cloud-hypervisor") && !help.contains("doctor"), "{help}");
+}
+
+#[test]
+fn the_version_is_read_by_libvirts_rule() {
+    for flag in ["--version", "-V"] {
+        let Ok(Action::Print(text)) = parse(Program::CloudHypervisor, ["cloud-hypervisor", flag]) else {
+            panic!()
+        };
+        let (first, second) = text.trim_end().split_once('\n').unwrap();
+        // The name with a blank goes, then all up to the last slash, then a v; a hyphen ends it.
+        let rest = first.strip_prefix("cloud-hypervisor ").unwrap();
+        let rest = rest.rsplit('/').next().unwrap();
+        let number = rest.strip_prefix('v').unwrap_or(rest).split('-').next().unwrap();
+        let parts: Vec<u32> = number.split('.').map(|part| part.parse().unwrap()).collect();
+        assert_eq!(parts, [54, 0, 0], "{first}");
+        assert!(second.starts_with("Migration Protocol Versions: "), "{second}");
+    }
+}
+
+#[test]
+fn as_ch_remote_it_has_the_commands_of_ctl_and_prints_json() {
+    let parse =
+        |line: &str| parse(Program::ChRemote, std::iter::once("ch-remote").chain(line.split_whitespace()));
+    let Ok(Action::Ctl(args)) = parse("--api-socket /s add-device path=/d,id=gpu0") else { panic!() };
+    assert_eq!((args.socket(), args.json), (Some("/s".into()), true));
+    assert!(matches!(parse("--api-socket=/s info"), Ok(Action::Ctl(args)) if args.json));
+    assert!(parse("--kernel k").is_err() && parse("ctl ping").is_err());
+    let version = format!("ch-remote {}\n", multicall::VERSION);
+    assert!(matches!(parse("--version"), Ok(Action::Print(text)) if text == version));
 }
 
 #[test]

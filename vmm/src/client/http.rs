@@ -30,12 +30,17 @@ pub struct Request {
     pub target: String,
     /// JSON, if there is any.
     pub body: Option<String>,
+    /// The form that the reply is to have.
+    pub accept: &'static str,
 }
+
+/// Any form will do.
+const ANYTHING: &str = "*/*";
 
 impl Request {
     /// Reads `target`.
     pub fn get(target: impl Into<String>) -> Self {
-        Self { method: Method::Get, target: target.into(), body: None }
+        Self { method: Method::Get, target: target.into(), body: None, accept: ANYTHING }
     }
 
     /// A call of the v1 API that reads, such as `vm.info`.
@@ -45,7 +50,12 @@ impl Request {
 
     /// A call of the v1 API that does something, such as `vm.boot`.
     pub fn api_put(call: &str, body: Option<String>) -> Self {
-        Self { method: Method::Put, target: format!("{BASE}{call}"), body }
+        Self { method: Method::Put, target: format!("{BASE}{call}"), body, accept: ANYTHING }
+    }
+
+    /// The same request for a reply in another form.
+    pub fn accepting(self, accept: &'static str) -> Self {
+        Self { accept, ..self }
     }
 
     /// The name of the call, for messages.
@@ -58,8 +68,8 @@ impl Request {
             Method::Get => "GET",
             Method::Put => "PUT",
         };
-        let target = &self.target;
-        let mut text = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n");
+        let Self { target, accept, .. } = self;
+        let mut text = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n");
         match &self.body {
             Some(body) => {
                 let length = body.len();

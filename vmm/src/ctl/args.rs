@@ -215,7 +215,11 @@ pub enum CtlCommand {
         clear_latch: bool,
     },
     /// Print all figures in the OpenMetrics format.
-    Metrics,
+    Metrics {
+        /// In Prometheus's older text format, which node_exporter reads from files.
+        #[arg(long)]
+        plain: bool,
+    },
 }
 
 impl CtlCommand {
@@ -227,7 +231,7 @@ impl CtlCommand {
                 | Self::PowerPolicy { .. }
                 | Self::PowerWake { .. }
                 | Self::PowerReset { .. }
-                | Self::Metrics
+                | Self::Metrics { .. }
         )
     }
 }

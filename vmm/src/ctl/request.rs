@@ -76,7 +76,10 @@ pub fn request(command: &CtlCommand) -> Result<(Request, Vec<OwnedFd>), CtlError
             "vm.power-reset",
             &without_nulls(json!({"id": id, "clear_latch": clear_latch.then_some(true)})),
         ),
-        C::Metrics => Ok((Request::get("/metrics"), Vec::new())),
+        C::Metrics { plain } => {
+            let request = Request::get("/metrics");
+            Ok((if *plain { request.accepting("text/plain") } else { request }, Vec::new()))
+        }
     }
 }
 
