@@ -16,7 +16,7 @@ pub fn power(api: &Api) -> Result<Value, VmError> {
     let mut devices = Vec::new();
     let state = api.status.look(|_, state, machine| {
         for device in machine.iter().flat_map(|machine| &machine.devices) {
-            devices.push((device.id.clone(), device.guest, device.power()));
+            devices.extend(device.power().map(|power| (device.id.clone(), device.guest, power)));
         }
         state
     });
@@ -24,7 +24,7 @@ pub fn power(api: &Api) -> Result<Value, VmError> {
     let devices: Vec<Value> = devices
         .into_iter()
         .map(|(id, guest, snapshot)| {
-            let host = snapshot.as_ref().map(|snapshot| host_power(Path::new(SYSFS), &snapshot.bdf));
+            let host = host_power(Path::new(SYSFS), &snapshot.bdf);
             let mut value = json!(snapshot);
             if let Some(fields) = value.as_object_mut() {
                 fields.insert("id".to_owned(), json!(id));
