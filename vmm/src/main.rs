@@ -118,13 +118,15 @@ fn run_vmm(
     let orders =
         Arc::new(Orders::new().map_err(|e| format!("no descriptor for orders: {e}; {}", remedy(&e)))?);
     let status = Arc::new(Status::default());
-    let api = Arc::new(Api { status: Arc::clone(&status), orders: Arc::clone(&orders), start });
+    let api = Arc::new(Api::new(Arc::clone(&status), Arc::clone(&orders), start));
     let _sockets = listen(options, &api)?;
     let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options.no_shutdown);
     if let Some(config) = config {
         lifecycle.create_and_boot(*config)?;
     }
-    Ok(lifecycle.run()?)
+    let result = lifecycle.run();
+    api.send_last_answers();
+    Ok(result?)
 }
 
 /// Opens the sockets that the options name, and the one that shows this VMM to those who look for VMMs. They go with what is returned.
