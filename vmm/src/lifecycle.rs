@@ -300,6 +300,10 @@ impl Lifecycle {
     fn resize(&mut self, resize: Resize) -> Result<(), VmError> {
         self.events.tell("vm", "resizing");
         let vm = self.vm()?;
+        // Before anything is changed: an order is carried out whole or not at all.
+        if resize.balloon.is_some() {
+            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
+        }
         if vm.machine.is_none() {
             // Only the configuration changes; it is looked at when the machine starts.
             let cpus = &mut vm.config.cpus;
@@ -321,9 +325,6 @@ impl Lifecycle {
             if let Some(wanted) = resize.ram.filter(|wanted| *wanted != ram) {
                 return Err(refuse("the guest's RAM", wanted, ram));
             }
-        }
-        if resize.balloon.is_some() {
-            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
         }
         self.events.tell("vm", "resized");
         Ok(())
