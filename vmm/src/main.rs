@@ -12,6 +12,7 @@ mod doctor;
 mod event_loop;
 mod events;
 mod firmware;
+mod heap;
 mod hypervisor;
 mod irq;
 mod lifecycle;
@@ -97,6 +98,7 @@ fn run_vmm(
     if let Some(config) = &config {
         config.validate()?;
     }
+    heap::keep_little();
     if let Err(e) = rustix::thread::set_name(logger::MAIN_THREAD) {
         log::debug!("the main thread keeps its name: {e}");
     }
