@@ -245,10 +245,11 @@ impl Lifecycle {
         let vm = self.vm.as_mut().ok_or(VmError::NotCreated)?;
         let (running, mut lifetime) = vm.machine.take().ok_or(VmError::NotRunning)?;
         vm.paused = false;
-        self.status.set_machine(None);
+        self.status.set_restarting();
         running.end(&mut lifetime);
         let config = vm.config.clone();
-        let running = self.start(&config, &lifetime)?;
+        // Without a machine after all, the VM is one that has been created and no more.
+        let running = self.start(&config, &lifetime).inspect_err(|_| self.status.set_machine(None))?;
         self.vm()?.machine = Some((running, lifetime));
         self.events.tell("vm", "rebooted");
         Ok(())
