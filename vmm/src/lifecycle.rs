@@ -9,10 +9,11 @@ use std::time::Instant;
 use devices::rtc::Battery;
 use devices::serial::Backend;
 use kvm_ioctls::Kvm;
-use log::{LevelFilter, info};
+use log::{LevelFilter, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
+use vfio_pm::PolicyChange;
 
-use crate::config::{ConsoleMode, VmConfig};
+use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
@@ -28,6 +29,16 @@ struct Vm {
     config: VmConfig,
     machine: Option<(Running, Lifetime)>,
     paused: bool,
+    /// Power policies that were changed since the VM booted.
+    changed: Vec<Changed>,
+}
+
+/// A device whose power policy was changed while the VM ran. It boots again as it was, so that its guest has the same power resources
+/// as before, and is changed then: built with `power=off` it could never be allowed to sleep again.
+#[derive(Debug)]
+struct Changed {
+    as_booted: DeviceConfig,
+    change: PolicyChange,
 }
 
 /// The main thread's own.
@@ -189,7 +200,7 @@ impl Lifecycle {
             return Err(VmError::AlreadyCreated);
         }
         self.status.set_config(Some(&config));
-        self.vm = Some(Vm { config, machine: None, paused: false });
+        self.vm = Some(Vm { config, machine: None, paused: false, changed: Vec::new() });
         Ok(())
     }
 
@@ -223,6 +234,7 @@ impl Lifecycle {
         vm.config = config;
         vm.machine = Some((running, lifetime));
         vm.paused = false;
+        vm.changed.clear();
         self.events.tell("vm", "booted");
         Ok(())
     }
@@ -247,10 +259,25 @@ impl Lifecycle {
         vm.paused = false;
         self.status.set_restarting();
         running.end(&mut lifetime);
-        let config = vm.config.clone();
+        let mut config = vm.config.clone();
+        for device in config.devices.iter_mut().flatten() {
+            let changed = vm.changed.iter().find(|changed| changed.as_booted.id == device.id);
+            if let Some(changed) = changed {
+                device.clone_from(&changed.as_booted);
+            }
+        }
         // Without a machine after all, the VM is one that has been created and no more.
         let running = self.start(&config, &lifetime).inspect_err(|_| self.status.set_machine(None))?;
-        self.vm()?.machine = Some((running, lifetime));
+        let vm = self.vm()?;
+        for Changed { as_booted, change } in &vm.changed {
+            let id = as_booted.id.as_deref().unwrap_or_default();
+            if let Some(Err(e)) = running.change_policy(id, change) {
+                warn!("{id}: its power policy is again that of the VM's boot: {e}");
+            }
+        }
+        vm.machine = Some((running, lifetime));
+        let config = vm.config.clone();
+        self.status.set_config(Some(&config));
         self.events.tell("vm", "rebooted");
         Ok(())
     }
@@ -361,7 +388,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    fn change_policy(&mut self, id: String, change: &vfio_pm::PolicyChange) -> Result<Completion, VmError> {
+    fn change_policy(&mut self, id: String, change: &PolicyChange) -> Result<Completion, VmError> {
         let vm = self.vm()?;
         let devices = vm.config.devices.get_or_insert_default();
         let Some(device) = devices.iter_mut().find(|device| device.id.as_deref() == Some(id.as_str())) else {
@@ -373,7 +400,11 @@ impl Lifecycle {
             Some((running, _)) => {
                 let result = running.change_policy(&id, change);
                 let policy = result.ok_or_else(|| VmError::UnknownDevice { id: id.clone() })??;
-                vfio_pm::PolicyChange::from(&policy)
+                match vm.changed.iter_mut().find(|changed| changed.as_booted.id.as_deref() == Some(&id)) {
+                    Some(changed) => changed.change = changed.change.then(change),
+                    None => vm.changed.push(Changed { as_booted: device.clone(), change: *change }),
+                }
+                PolicyChange::from(&policy)
             }
             None => {
                 changed.check_policy()?;
