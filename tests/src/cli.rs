@@ -41,7 +41,7 @@ pub struct Vmm {
 /// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Only these figures: `size`, `start`, `overhead`, `power` or `boot`.
+    /// Only these figures: `size`, `start`, `api`, `overhead`, `power` or `boot`.
     pub name: Option<String>,
     /// Which VMM.
     #[command(flatten)]

@@ -20,6 +20,7 @@ mod image;
 mod kernel;
 mod packages;
 mod paths;
+mod payload;
 mod qemu;
 mod rpc;
 mod runner;
