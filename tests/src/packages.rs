@@ -11,7 +11,7 @@ use crate::command::{capture, capture_text, exists};
 use crate::error::{Error, Result, file_error};
 
 /// Program, and the package that has it.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("iasl", "acpica-tools"),
     ("acpiexec", "acpica-tools"),
@@ -21,6 +21,7 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("xz", "xz-utils"),
     ("depmod", "kmod"),
     ("setpriv", "util-linux"),
+    ("curl", "curl"),
 ];
 const OLDEST_QEMU: u32 = 8;
 const SOURCES: &str = "/etc/apt/sources.list.d";

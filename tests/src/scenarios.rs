@@ -2,6 +2,7 @@
 //! in that file's table.
 
 mod administrator;
+mod api;
 mod bad_input;
 mod boot;
 mod doctor;
@@ -45,6 +46,7 @@ pub fn all() -> Vec<Scenario> {
         slots::table(),
         endings::table(),
         administrator::table(),
+        api::table(),
         tables::table(),
     ]
     .concat()
