@@ -6,6 +6,8 @@
 mod http;
 mod info;
 mod metrics;
+#[cfg(test)]
+mod openapi;
 mod power;
 mod routes;
 mod server;
