@@ -14,6 +14,8 @@ pub struct Artifacts {
     pub dormouse: PathBuf,
     /// Puts a device to sleep with bare VFIO calls.
     pub vfio_probe: PathBuf,
+    /// Drives the VMM's REST API.
+    pub api_client: PathBuf,
     /// Runs in the guest: reads and writes BARs, opens the GPU.
     pub guest_tool: PathBuf,
 }
@@ -29,7 +31,9 @@ pub enum Profile {
 
 /// Builds everything. A VMM named by `vmm` is taken as it is.
 pub fn build(profile: Profile, vmm: Option<PathBuf>) -> Result<Artifacts> {
-    cargo(&["--profile", "testbed", "--package", "testbed", "--bin", "vfio_probe", "--bin", "guest_tool"])?;
+    let mut words = vec!["--profile", "testbed", "--package", "testbed"];
+    words.extend(["--bin", "vfio_probe", "--bin", "guest_tool", "--bin", "api_client"]);
+    cargo(&words)?;
     let helpers = paths::target().join("testbed");
     let dormouse = match (vmm, profile) {
         (Some(path), _) => path,
@@ -48,7 +52,12 @@ pub fn build(profile: Profile, vmm: Option<PathBuf>) -> Result<Artifacts> {
             how: "cargo build --package vmm".to_owned(),
         });
     }
-    Ok(Artifacts { dormouse, vfio_probe: helpers.join("vfio_probe"), guest_tool: helpers.join("guest_tool") })
+    Ok(Artifacts {
+        dormouse,
+        vfio_probe: helpers.join("vfio_probe"),
+        api_client: helpers.join("api_client"),
+        guest_tool: helpers.join("guest_tool"),
+    })
 }
 
 /// Runs `cargo build` with its messages on the terminal.

@@ -1,8 +1,9 @@
 //! `cargo testbed bench`: the figures, each with its target, from the release build.
 //!
-//! Boot is measured on a host whose time is counted instructions, so it is the same on every machine; start on the
+//! Boot is measured on a host whose time is counted instructions, so it is the same on every machine; start and the API on the
 //! native `/dev/kvm`; overhead and power on the ordinary emulated host, power against bare VFIO calls in the same run.
 
+mod api;
 mod power;
 mod start;
 mod wake;
@@ -49,9 +50,10 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("size", size),
     ("start", start::measure),
+    ("api", api::measure),
     ("overhead", overhead),
     ("power", power::measure),
     ("wake", wake::measure),

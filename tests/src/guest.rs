@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::image::guest_path;
@@ -38,7 +40,14 @@ pub struct VmSpec {
     pub cmdline: String,
     /// More options of the VMM.
     pub options: String,
+    /// Start the VMM without a machine, with the REST API on [`API`]: the machine is to come through it.
+    pub by_api: bool,
+    /// Another command line altogether.
+    pub command: Option<String>,
 }
+
+/// The API socket of a VMM that was started by [`VmSpec::by_api`].
+pub const API: &str = "/run/vmm.api";
 
 impl VmSpec {
     /// A VM with one processor, 512 MiB and no devices.
@@ -53,6 +62,8 @@ impl VmSpec {
             modules: Vec::new(),
             cmdline: String::new(),
             options: String::new(),
+            by_api: false,
+            command: None,
         }
     }
 
@@ -102,17 +113,55 @@ impl VmSpec {
         self
     }
 
+    /// The same VM, for the API to create and boot.
+    pub fn by_api(mut self) -> Self {
+        self.by_api = true;
+        self
+    }
+
+    /// Names the devices `dev0`, `dev1`, and so on, in the configuration as the API takes it.
+    pub fn config(&self) -> Value {
+        let devices: Vec<Value> = (0..)
+            .zip(&self.devices)
+            .map(|(number, keys): (u32, _)| {
+                let path = keys.trim_start_matches("path=").split(',').next();
+                json!({ "id": format!("dev{number}"), "path": path })
+            })
+            .collect();
+        json!({
+            "payload": {
+                "kernel": guest_path(self.kernel, "vmlinuz"),
+                "initramfs": guest_path(self.kernel, "initramfs"),
+                "cmdline": self.kernel_words(),
+            },
+            "cpus": { "boot_vcpus": self.cpus, "max_vcpus": self.cpus },
+            "memory": { "size": 512 << 20 },
+            "serial": { "mode": "Tty" },
+            "console": { "mode": "Off" },
+            "devices": devices,
+        })
+    }
+
+    fn kernel_words(&self) -> String {
+        format!("console=ttyS0 quiet panic=-1 bed.modules={}{}", self.modules.join(","), self.cmdline)
+    }
+
     /// The command line, for the host's shell.
     pub fn command(&self) -> String {
+        if let Some(command) = &self.command {
+            return command.clone();
+        }
+        if self.by_api {
+            return format!("dormouse --api-socket {API} {}", self.options);
+        }
         let image = if self.pvh { "vmlinux" } else { "vmlinuz" };
         let initramfs = self.initramfs.clone().unwrap_or_else(|| guest_path(self.kernel, "initramfs"));
         let devices: String = self.devices.iter().map(|device| format!(" --device {device}")).collect();
         format!(
-            "dormouse --kernel {} --initramfs {initramfs} --cmdline 'console=ttyS0 quiet panic=-1 bed.modules={}{}' \
+            "dormouse --kernel {} --initramfs {initramfs} --cmdline '{}' \
              --cpus boot={} --memory size={} --serial tty --console off{devices}{}",
             guest_path(self.kernel, image),
-            self.modules.join(","),
-            self.cmdline,
+            self.kernel_words(),
             self.cpus,
             self.memory,
             self.options

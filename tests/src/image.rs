@@ -27,7 +27,7 @@ const GUEST_INIT: &str = include_str!("image/guest-init.sh");
 const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 5] = ["e1000e", "igb", "virtio_pci", "virtio_gpu", "nvme"];
+const GUEST_MODULES: [&str; 7] = ["e1000e", "igb", "virtio_pci", "virtio_gpu", "nvme", "button", "evdev"];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\
@@ -47,7 +47,13 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
     let mut out = fs::File::create(path).map_err(file_error("create", path))?;
     let mut append = |part: &[u8]| out.write_all(part).map_err(file_error("write", path));
     append(&cached(&host_base(host)?)?)?;
-    append(&programs(&[("dormouse", &artifacts.dormouse), ("vfio_probe", &artifacts.vfio_probe)])?)?;
+    let curl = find(&["/usr/bin/curl", "/bin/curl"], "curl", "curl")?;
+    append(&programs(&[
+        ("curl", &curl),
+        ("dormouse", &artifacts.dormouse),
+        ("vfio_probe", &artifacts.vfio_probe),
+        ("api_client", &artifacts.api_client),
+    ])?)?;
     for guest in guests {
         append(&guest_payload(artifacts, *guest)?)?;
     }
@@ -164,7 +170,13 @@ fn programs(programs: &[(&str, &Path)]) -> Result<Vec<u8>> {
 }
 
 fn busybox() -> Result<PathBuf> {
-    ["/usr/bin/busybox", "/bin/busybox"].iter().map(PathBuf::from).find(|path| path.is_file()).ok_or_else(
-        || Error::Missing { what: "busybox".to_owned(), how: "apt-get install busybox-static".to_owned() },
-    )
+    find(&["/usr/bin/busybox", "/bin/busybox"], "busybox", "busybox-static")
+}
+
+fn find(paths: &[&str], what: &str, package: &str) -> Result<PathBuf> {
+    paths
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::Missing { what: what.to_owned(), how: format!("apt-get install {package}") })
 }

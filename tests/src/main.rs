@@ -22,6 +22,7 @@ mod image;
 mod kernel;
 mod packages;
 mod paths;
+mod payload;
 mod promtool;
 mod qemu;
 mod rpc;

@@ -2,6 +2,7 @@
 //! in that file's table.
 
 mod administrator;
+mod api;
 mod bad_input;
 mod boot;
 mod clients;
@@ -54,6 +55,7 @@ pub fn all() -> Vec<Scenario> {
         administrator::table(),
         operator::table(),
         faults::table(),
+        api::table(),
         tables::table(),
     ]
     .concat()

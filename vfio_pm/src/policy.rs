@@ -185,6 +185,21 @@ pub enum PolicyError {
 }
 
 impl PolicyChange {
+    /// Both changes as one: this, and `later` after it.
+    #[must_use]
+    pub fn then(&self, later: &Self) -> Self {
+        Self {
+            power: later.power.or(self.power),
+            wake: later.wake.or(self.wake),
+            hold_off: later.hold_off.or(self.hold_off),
+            toggle_rate: later.toggle_rate.or(self.toggle_rate),
+            toggle_burst: later.toggle_burst.or(self.toggle_burst),
+            wake_storm: later.wake_storm.or(self.wake_storm),
+            on_timeout: later.on_timeout.or(self.on_timeout),
+            on_lost: later.on_lost.or(self.on_lost),
+        }
+    }
+
     /// `policy` with the changes made.
     ///
     /// # Errors
@@ -234,6 +249,18 @@ impl From<&Policy> for PolicyChange {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_changes_the_later_counts_and_what_it_leaves_out_stays() {
+        let first =
+            PolicyChange { power: Some(PowerChoice::Off), hold_off: Some(1), ..PolicyChange::default() };
+        let later =
+            PolicyChange { power: Some(PowerChoice::Auto), toggle_burst: Some(2), ..PolicyChange::default() };
+        let both = first.then(&later);
+        let policy = Policy::for_class(0x02_00_00);
+        assert_eq!(both.apply(&policy), first.apply(&policy).and_then(|policy| later.apply(&policy)));
+        assert_eq!((both.power, both.hold_off), (Some(PowerChoice::Auto), Some(1)));
+    }
 
     #[test]
     fn a_display_device_always_has_its_driver_asked_whatever_the_wake_policy() {

@@ -9,8 +9,9 @@ use std::time::Instant;
 use devices::rtc::Battery;
 use devices::serial::Backend;
 use kvm_ioctls::Kvm;
-use log::{LevelFilter, info};
+use log::{LevelFilter, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
+use vfio_pm::PolicyChange;
 
 use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
@@ -30,6 +31,16 @@ struct Vm {
     config: VmConfig,
     machine: Option<(Running, Lifetime)>,
     paused: bool,
+    /// Power policies that were changed since the VM booted.
+    changed: Vec<Changed>,
+}
+
+/// A device whose power policy was changed while the VM ran. It boots again as it was, so that its guest has the same power resources
+/// as before, and is changed then: built with `power=off` it could never be allowed to sleep again.
+#[derive(Debug)]
+struct Changed {
+    as_booted: DeviceConfig,
+    change: PolicyChange,
 }
 
 /// The main thread's own.
@@ -206,7 +217,7 @@ impl Lifecycle {
             return Err(VmError::AlreadyCreated);
         }
         self.status.set_config(Some(&config));
-        self.vm = Some(Vm { config, machine: None, paused: false });
+        self.vm = Some(Vm { config, machine: None, paused: false, changed: Vec::new() });
         Ok(())
     }
 
@@ -241,6 +252,7 @@ impl Lifecycle {
         vm.config = config;
         vm.machine = Some((running, lifetime));
         vm.paused = false;
+        vm.changed.clear();
         self.events.tell("vm", "booted");
         Ok(())
     }
@@ -263,11 +275,27 @@ impl Lifecycle {
         let vm = self.vm.as_mut().ok_or(VmError::NotCreated)?;
         let (running, mut lifetime) = vm.machine.take().ok_or(VmError::NotRunning)?;
         vm.paused = false;
-        self.status.set_machine(None);
+        self.status.set_restarting();
         running.end(&mut lifetime);
+        let mut config = vm.config.clone();
+        for device in config.devices.iter_mut().flatten() {
+            let changed = vm.changed.iter().find(|changed| changed.as_booted.id == device.id);
+            if let Some(changed) = changed {
+                device.clone_from(&changed.as_booted);
+            }
+        }
+        // Without a machine after all, the VM is one that has been created and no more.
+        let running = self.start(&config, &lifetime).inspect_err(|_| self.status.set_machine(None))?;
+        let vm = self.vm()?;
+        for Changed { as_booted, change } in &vm.changed {
+            let id = as_booted.id.as_deref().unwrap_or_default();
+            if let Some(Err(e)) = running.change_policy(id, change) {
+                warn!("{id}: its power policy is again that of the VM's boot: {e}");
+            }
+        }
+        vm.machine = Some((running, lifetime));
         let config = vm.config.clone();
-        let running = self.start(&config, &lifetime)?;
-        self.vm()?.machine = Some((running, lifetime));
+        self.status.set_config(Some(&config));
         self.events.tell("vm", "rebooted");
         Ok(())
     }
@@ -318,6 +346,10 @@ impl Lifecycle {
     fn resize(&mut self, resize: Resize) -> Result<(), VmError> {
         self.events.tell("vm", "resizing");
         let vm = self.vm()?;
+        // Before anything is changed: an order is carried out whole or not at all.
+        if resize.balloon.is_some() {
+            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
+        }
         if vm.machine.is_none() {
             // Only the configuration changes; it is looked at when the machine starts.
             let cpus = &mut vm.config.cpus;
@@ -339,9 +371,6 @@ impl Lifecycle {
             if let Some(wanted) = resize.ram.filter(|wanted| *wanted != ram) {
                 return Err(refuse("the guest's RAM", wanted, ram));
             }
-        }
-        if resize.balloon.is_some() {
-            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
         }
         self.events.tell("vm", "resized");
         Ok(())
@@ -421,7 +450,7 @@ impl Lifecycle {
         }
     }
 
-    fn change_policy(&mut self, id: String, change: &vfio_pm::PolicyChange) -> Result<Completion, VmError> {
+    fn change_policy(&mut self, id: String, change: &PolicyChange) -> Result<Completion, VmError> {
         let vm = self.vm()?;
         let devices = vm.config.devices.get_or_insert_default();
         let Some(device) = devices.iter_mut().find(|device| device.id.as_deref() == Some(id.as_str())) else {
@@ -433,7 +462,11 @@ impl Lifecycle {
             Some((running, _)) => {
                 let result = running.change_policy(&id, change);
                 let policy = result.ok_or_else(|| VmError::UnknownDevice { id: id.clone() })??;
-                vfio_pm::PolicyChange::from(&policy)
+                match vm.changed.iter_mut().find(|changed| changed.as_booted.id.as_deref() == Some(&id)) {
+                    Some(changed) => changed.change = changed.change.then(change),
+                    None => vm.changed.push(Changed { as_booted: device.clone(), change: *change }),
+                }
+                PolicyChange::from(&policy)
             }
             None => {
                 changed.check_policy()?;

@@ -15,6 +15,7 @@ mod doctor;
 mod event_loop;
 mod events;
 mod firmware;
+mod heap;
 mod hotplug;
 mod hypervisor;
 mod irq;
@@ -118,6 +119,7 @@ fn run_vmm(
     if let Some(config) = &config {
         config.validate()?;
     }
+    heap::keep_little();
     if let Err(e) = rustix::thread::set_name(logger::MAIN_THREAD) {
         log::debug!("the main thread keeps its name: {e}");
     }
@@ -139,13 +141,15 @@ fn run_vmm(
     let orders =
         Arc::new(Orders::new().map_err(|e| format!("no descriptor for orders: {e}; {}", remedy(&e)))?);
     let status = Arc::new(Status::default());
-    let api = Arc::new(Api { status: Arc::clone(&status), orders: Arc::clone(&orders), start });
+    let api = Arc::new(Api::new(Arc::clone(&status), Arc::clone(&orders), start));
     let _sockets = listen(options, &api)?;
     let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options);
     if let Some(config) = config {
         lifecycle.create_and_boot(*config).map_err(VmError::into_cause)?;
     }
-    lifecycle.run().map_err(VmError::into_cause)
+    let result = lifecycle.run();
+    api.send_last_answers();
+    result.map_err(VmError::into_cause)
 }
 
 /// Opens the sockets that the options name, and the one that shows this VMM to those who look for VMMs. They go with what is returned.

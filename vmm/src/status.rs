@@ -112,6 +112,8 @@ impl MachineView {
 struct Present {
     config: Option<VmConfig>,
     machine: Option<(VmState, MachineView)>,
+    /// Between two machines: to the operator the VM runs on.
+    restarts: bool,
 }
 
 /// What may be known of the VM.
@@ -136,7 +138,16 @@ impl Status {
 
     /// There is a machine now, or none any more.
     pub fn set_machine(&self, machine: Option<MachineView>) {
-        self.present().machine = machine.map(|view| (VmState::Running, view));
+        let mut present = self.present();
+        present.machine = machine.map(|view| (VmState::Running, view));
+        present.restarts = false;
+    }
+
+    /// The machine has gone, and the next one takes its place at once.
+    pub fn set_restarting(&self) {
+        let mut present = self.present();
+        present.machine = None;
+        present.restarts = true;
     }
 
     /// The machine that there is has other devices now.
@@ -166,6 +177,7 @@ impl Status {
         let config = present.config.as_ref()?;
         Some(match &present.machine {
             Some((state, machine)) => look(config, *state, Some(machine)),
+            None if present.restarts => look(config, VmState::Running, None),
             None => look(config, VmState::Created, None),
         })
     }

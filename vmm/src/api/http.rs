@@ -18,6 +18,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 pub const MAX_LINE: usize = 1024;
 /// Most header lines.
 const MAX_HEADERS: usize = 64;
+/// Longest head. Empty lines before a request count too, so that a client which sends nothing else is given up.
+const MAX_HEAD: usize = (MAX_HEADERS + 2) * (MAX_LINE + 2);
 /// Longest body, in bytes.
 pub const MAX_BODY: usize = 4 << 20;
 /// Most file descriptors with one message, the kernel's own limit (`SCM_MAX_FD`).
@@ -217,6 +219,8 @@ impl Connection {
             }
         };
         let descriptors = std::mem::take(&mut self.descriptors);
+        // A client may stay for the VM's life; what its largest body took is not to stay with it.
+        self.buffer.shrink_to(READ_BYTES);
         Ok(match head.method {
             Some(method) => Next::Request(Request {
                 method,
@@ -355,6 +359,9 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let head = bytes.get(..end).unwrap_or_default();
     if head.split(|byte| *byte == b'\n').any(|line| line.len() > MAX_LINE + 1) {
         return Err(format!("A line of the request is longer than {MAX_LINE} bytes."));
+    }
+    if head.len() > MAX_HEAD {
+        return Err(format!("The head of the request is longer than {MAX_HEAD} bytes."));
     }
     if parsed.is_partial() {
         return Ok(None);

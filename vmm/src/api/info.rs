@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Api, power};
 use crate::multicall::VERSION;
-use crate::status::{BarPlace, DeviceView, MachineView};
+use crate::status::{BarPlace, DeviceView, MachineView, VmState};
 use crate::vm_error::VmError;
 
 /// The release of Cloud Hypervisor whose API this is; clients compare it.
@@ -92,9 +92,9 @@ fn bar_resource(bar: &BarPlace) -> Value {
 
 /// Counters of each device: those of its power.
 pub fn counters(api: &Api) -> Result<Value, VmError> {
-    let counters = api.status.look(|_, _, machine| {
-        machine.map(|machine| {
-            let devices = machine.devices.iter();
+    let counters = api.status.look(|_, state, machine| {
+        (state != VmState::Created).then(|| {
+            let devices = machine.iter().flat_map(|machine| &machine.devices);
             devices.map(|device| (device.id.clone(), power::counters(device))).collect::<BTreeMap<_, _>>()
         })
     });

@@ -90,6 +90,15 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.send-migration", "The VM could not be sent", Endpoint::Absent("live migration")),
 ];
 
+/// Method and path of everything that is served.
+#[cfg(test)]
+pub fn all() -> impl Iterator<Item = (&'static str, String)> {
+    let endpoints = ENDPOINTS.iter().map(|(name, _, endpoint)| {
+        (if matches!(endpoint, Endpoint::Read(_)) { "get" } else { "put" }, format!("{PREFIX}{name}"))
+    });
+    endpoints.chain([("get", "/metrics".to_owned())])
+}
+
 /// Answers a request.
 pub fn answer(request: Request, api: &Api, access: Access) -> Reply {
     if request.path == "/metrics" {

@@ -74,11 +74,15 @@ fn admit(mut stream: UnixStream, api: &Arc<Api>, access: Access, clients: &Arc<A
 
 fn converse(mut connection: Connection, api: &Api, access: Access) {
     loop {
-        let reply = match connection.next() {
+        let next = connection.next();
+        let one = api.answering.one();
+        let reply = match next {
             Next::Request(request) => routes::answer(request, api, access),
             Next::Refused(reply) => reply,
             Next::Broken(reply) => {
-                if connection.send(&reply).is_ok() {
+                let sent = connection.send(&reply);
+                drop(one);
+                if sent.is_ok() {
                     connection.give_up();
                 }
                 return;
