@@ -8,7 +8,7 @@ use crate::spec::Kernel;
 use crate::wakes;
 
 /// Wakes of each of the cards.
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 25;
 
 /// Median and 99th percentile of each.
 pub fn measure(artifacts: &Artifacts) -> Result<Vec<Figure>> {
