@@ -158,7 +158,7 @@ impl Latencies {
 
 /// The slot whose worker is woken by the program with which the host reads the device: VFIO has signalled its wake.
 fn signalled(line: &str) -> Option<usize> {
-    let worker = line.trim_start().strip_prefix("head-")?.split_once("comm=pm-")?.1;
+    let worker = line.trim_start().strip_prefix("head-")?.split_once("sched_waking: comm=pm-")?.1;
     usize::from_str_radix(worker.split(':').next()?, 16).ok()?.checked_sub(1)
 }
 
@@ -185,7 +185,7 @@ mod tests {
     fn a_trace_tells_both_times_of_each_wake_and_a_worker_woken_otherwise_is_none() {
         let trace = "\
             head-604     [000] d..5.    60.164000: sched_waking: comm=pm-01:00 pid=170 prio=120 target_cpu=000\n\
-          <idle>-0       [000] d..2.    60.164500: sched_switch: prev_comm=head prev_pid=604 prev_prio=120 prev_state=R ==> next_comm=pm-01:00 next_pid=170 next_prio=120\n\
+            head-604     [000] d..2.    60.164500: sched_switch: prev_comm=head prev_pid=604 prev_prio=120 prev_state=R ==> next_comm=pm-01:00 next_pid=170 next_prio=120\n\
         pm-01:00-170     [000] d..4.    60.165500: workqueue_queue_work: work struct=00000000ee function=irqfd_inject workqueue=kvm-irqfd-cleanup req_cpu=8192 cpu=0\n\
      kworker/0:1-11      [000] .....    60.166000: kvm_set_irq: gsi 5 level 1 source 0\n\
      kworker/0:1-11      [000] .....    60.166100: kvm_set_irq: gsi 5 level 0 source 0\n\
