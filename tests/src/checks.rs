@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::command::output;
+use crate::fuzz;
 use crate::paths;
 use crate::runner::Tally;
 
@@ -14,13 +15,22 @@ struct Check {
     words: &'static [&'static str],
 }
 
-const CHECKS: [Check; 4] = [
+/// The fuzz targets' manifest.
+const FUZZ: &str = "tests/fuzz/Cargo.toml";
+
+const CHECKS: [Check; 6] = [
     Check { name: "workspace_is_formatted", words: &["fmt", "--all", "--check"] },
     Check {
         name: "workspace_has_no_lints",
         words: &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
     },
     Check { name: "workspace_documentation_builds", words: &["doc", "--quiet", "--workspace", "--no-deps"] },
+    // A workspace of their own, which the two above do not see.
+    Check { name: "fuzz_targets_are_formatted", words: &["fmt", "--manifest-path", FUZZ, "--check"] },
+    Check {
+        name: "fuzz_targets_have_no_lints",
+        words: &["clippy", "--quiet", "--locked", "--manifest-path", FUZZ, "--", "-D", "warnings"],
+    },
     Check { name: "workspace_unit_tests", words: &["test", "--workspace", "--no-fail-fast"] },
 ];
 
@@ -36,6 +46,9 @@ pub fn run(wanted: impl Fn(&str) -> bool) -> Tally {
         let begin = Instant::now();
         let mut command = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
         command.current_dir(paths::workspace()).args(check.words).env("RUSTDOCFLAGS", "-D warnings");
+        if check.words.contains(&FUZZ) {
+            command.env("CARGO_TARGET_DIR", fuzz::target_dir());
+        }
         let (held, text) = match output(&mut command) {
             Ok(output) => {
                 let mut text = String::from_utf8_lossy(&output.stdout).into_owned();

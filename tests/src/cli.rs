@@ -24,6 +24,8 @@ pub enum Command {
     Shell(Vmm),
     /// Measure boot, start, overhead and the latency of power.
     Bench(Bench),
+    /// Feed random input to the parts of the VMM that a guest or a device can reach, for a bounded time.
+    Fuzz(Fuzz),
     /// Install packages, download kernels and build the images, and no more.
     Prepare,
     /// List the tests.
@@ -36,6 +38,19 @@ pub struct Vmm {
     /// Run this program instead of building the VMM of this workspace.
     #[arg(long, value_name = "PATH")]
     pub vmm: Option<PathBuf>,
+}
+
+/// What to fuzz.
+#[derive(Debug, Args)]
+pub struct Fuzz {
+    /// Only this target: one of those that `cargo testbed list` names behind `fuzz:`.
+    pub target: Option<String>,
+    /// How long each target runs.
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub seconds: u32,
+    /// Run the target once, on the input in this file: what an earlier run has found.
+    #[arg(long, value_name = "FILE", requires = "target", conflicts_with = "seconds")]
+    pub input: Option<PathBuf>,
 }
 
 /// What to measure.

@@ -3,7 +3,8 @@
 //!
 //! The parts, from the bottom: [`packages`], [`kernel`], [`cpio`], [`image`] and [`artifacts`] make what is booted;
 //! [`spec`], [`firmware`] and [`qemu`] make the machine; [`wire`], [`rpc`] and [`timeline`] talk to it; [`host`] and
-//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`] and [`checks`] the workspace's own tests.
+//! [`guest`] are what scenarios use; [`runner`] runs [`scenarios`], [`checks`] the workspace's own tests and [`fuzz`] the
+//! fuzz targets.
 
 mod artifacts;
 mod bench;
@@ -14,6 +15,7 @@ mod cpio;
 mod demo;
 mod error;
 mod firmware;
+mod fuzz;
 mod guest;
 mod host;
 mod image;
@@ -47,10 +49,11 @@ fn main() -> ExitCode {
         Command::Bench(options) => {
             prepare().and_then(|()| bench::run(options.name.as_deref(), options.vmm.vmm))
         }
-        Command::Prepare => prepare().map(|()| true),
+        Command::Fuzz(options) => fuzz::command(&options),
+        Command::Prepare => prepare().and_then(|()| fuzz::tools()).map(|_| true),
         Command::List => {
-            for name in checks::names().map(str::to_owned).chain(scenarios::all().into_iter().map(|s| s.name))
-            {
+            let own = checks::names().map(str::to_owned).chain(fuzz::names());
+            for name in own.chain(scenarios::all().into_iter().map(|s| s.name)) {
                 println!("{name}");
             }
             Ok(true)
@@ -88,13 +91,17 @@ fn test(options: Test) -> Result<bool> {
         .filter(|scenario| wanted(&scenario.name) || filter == "scenario")
         .collect();
     let mut tally = Tally::default();
+    let fuzzed: Vec<_> = fuzz::names().filter(|name| wanted(name)).collect();
     let checks_chosen = checks::names().filter(|name| wanted(name)).count();
-    if chosen.is_empty() && checks_chosen == 0 {
+    if chosen.is_empty() && fuzzed.is_empty() && checks_chosen == 0 {
         return Err(error::Error::Check(format!(
             "no test has {filter:?} in its name; see `cargo testbed list`"
         )));
     }
     tally.add(checks::run(wanted));
+    if !fuzzed.is_empty() {
+        tally.add(fuzz::test(&fuzzed, options.jobs));
+    }
     if !chosen.is_empty() {
         let artifacts = artifacts::build(Profile::Testbed, options.vmm.vmm)?;
         println!("under test: {}", artifacts::version(&artifacts)?);

@@ -11,7 +11,7 @@ use crate::command::{capture, capture_text, exists};
 use crate::error::{Error, Result, file_error};
 
 /// Program, and the package that has it.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("iasl", "acpica-tools"),
     ("acpiexec", "acpica-tools"),
@@ -21,28 +21,40 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("xz", "xz-utils"),
     ("depmod", "kmod"),
     ("setpriv", "util-linux"),
+    COMPILER,
 ];
+/// What the fuzz targets need: libFuzzer is written in C++.
+const COMPILER: (&str, &str) = ("c++", "g++");
 const OLDEST_QEMU: u32 = 8;
 const SOURCES: &str = "/etc/apt/sources.list.d";
 const ADDED: &str = "/etc/apt/sources.list.d/dormouse-testbed-backports.sources";
 
 /// Makes sure every program is there; installs what is absent when running as root.
 pub fn ensure() -> Result<()> {
-    let missing = missing();
+    let note = format!(
+        " (QEMU {OLDEST_QEMU} or newer: on Debian 12 from bookworm-backports, \
+         `apt-get install -t bookworm-backports qemu-system-x86`)"
+    );
+    ensure_all(&PROGRAMS, &note)
+}
+
+/// The same for the fuzz targets alone: installs what is absent when running as root.
+pub fn ensure_compiler() -> Result<()> {
+    ensure_all(&[COMPILER], "")
+}
+
+fn ensure_all(programs: &[(&str, &'static str)], note: &str) -> Result<()> {
+    let missing = missing(programs);
     if missing.is_empty() {
         return Ok(());
     }
-    let how = format!(
-        "apt-get install {} (QEMU {OLDEST_QEMU} or newer: on Debian 12 from bookworm-backports, \
-         `apt-get install -t bookworm-backports qemu-system-x86`)",
-        missing.join(" ")
-    );
+    let how = format!("apt-get install {}{note}", missing.join(" "));
     if !is_root()? || !exists("apt-get") {
         return Err(Error::Missing { what: missing.join(", "), how });
     }
     eprintln!("testbed: installing {}", missing.join(" "));
     install(&missing)?;
-    let left = self::missing();
+    let left = self::missing(programs);
     if left.is_empty() { Ok(()) } else { Err(Error::Missing { what: left.join(", "), how }) }
 }
 
@@ -59,9 +71,9 @@ pub fn ensure_kernel_suites() -> Result<()> {
     apt(&["update", "-q"])
 }
 
-fn missing() -> Vec<&'static str> {
+fn missing(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
     let mut packages: Vec<&'static str> = Vec::new();
-    for (program, package) in PROGRAMS {
+    for &(program, package) in programs {
         let good = exists(program) && (package != "qemu-system-x86" || qemu_is_new_enough());
         if !good && !packages.contains(&package) {
             packages.push(package);
@@ -226,6 +238,12 @@ mod tests {
             source,
             Source { uri: "http://m.example/debian".into(), signed_by: Some("/k.gpg".into()) }
         );
+    }
+
+    #[test]
+    fn a_package_is_missing_once_when_any_of_its_programs_is() {
+        let programs = [("sh", "dash"), ("no-such-program", "absent"), ("nor-this-one", "absent")];
+        assert_eq!(missing(&programs), ["absent"]);
     }
 
     #[test]
