@@ -31,6 +31,10 @@ const CARGO_FUZZ: &str = "0.13.2";
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// Seconds that one input may take.
 const SLOWEST_INPUT: u32 = 10;
+/// Bytes of an input, at most.
+const LONGEST_INPUT: usize = 1024;
+/// How many inputs of noise a search begins with.
+const STARTS: usize = 32;
 /// How often an input is run again: one that races with a power domain's thread does not fail each time.
 const REPEATS: u32 = 20;
 /// Lines of a panic that are shown: where, and the two sides of an assertion.
@@ -63,7 +67,7 @@ pub fn command(options: &Fuzz) -> Result<bool> {
     Ok(tally.failed == 0)
 }
 
-/// Runs the tests of these names for a short time each, from the seeds alone: what earlier runs have collected would use up
+/// Runs the tests of these names for a short time each, from fixed inputs alone: what earlier runs have collected would use up
 /// that time.
 pub fn test(names: &[String], jobs: usize) -> Tally {
     if let Err(error) = build() {
@@ -176,7 +180,7 @@ impl Run {
             }
             Task::Search { seconds, keep } => {
                 // Inputs are sequences of steps: short ones find little, so length is not to grow slowly.
-                command.args(["-len_control=0", "-max_len=1024"]);
+                command.arg("-len_control=0").arg(format!("-max_len={LONGEST_INPUT}"));
                 command.arg(format!("-max_total_time={seconds}"));
                 command.arg(format!("-artifact_prefix={}/", found.display()));
                 if *keep {
@@ -184,13 +188,15 @@ impl Run {
                     fs::create_dir_all(&corpus).map_err(file_error("create", &corpus))?;
                     command.arg(corpus);
                 }
-                let seeds = paths::workspace().join("tests/fuzz/seeds").join(self.target);
-                if seeds.is_dir() && *keep {
-                    command.arg(seeds);
-                } else if seeds.is_dir() {
-                    // New inputs go to the first directory: none is given, so that seeds stay as they are.
-                    command.arg(format!("-seed_inputs={}", files(&seeds)?));
+                let start: PathBuf = own("start")?;
+                begin(&start)?;
+                let mut seeds = files(&start)?;
+                let kept = paths::workspace().join("tests/fuzz/seeds").join(self.target);
+                if kept.is_dir() {
+                    seeds.extend(files(&kept)?);
                 }
+                // Not as a directory: new inputs would go there.
+                command.arg(format!("-seed_inputs={}", seeds.join(",")));
             }
         }
         let output = output(&mut command)?;
@@ -248,12 +254,31 @@ fn last_lines(text: &str) -> String {
     lines[lines.len().saturating_sub(SHOWN)..].join("\n    ")
 }
 
-/// The files of a directory with commas between.
-fn files(dir: &Path) -> Result<String> {
+/// Writes the inputs that every search begins with: noise, the same each time, long enough for many steps. Left to itself
+/// libFuzzer begins with an empty input and needs minutes to get from there to a sequence in which anything can go wrong.
+fn begin(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(file_error("create", dir))?;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for number in 0..STARTS {
+        let mut bytes = Vec::with_capacity(LONGEST_INPUT);
+        while bytes.len() < LONGEST_INPUT {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend(state.to_le_bytes());
+        }
+        let path = dir.join(number.to_string());
+        fs::write(&path, bytes).map_err(file_error("write", &path))?;
+    }
+    Ok(())
+}
+
+/// The files of a directory.
+fn files(dir: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(dir).map_err(file_error("read", dir))?;
     let mut paths: Vec<String> = entries.flatten().map(|entry| entry.path().display().to_string()).collect();
     paths.sort();
-    Ok(paths.join(","))
+    Ok(paths)
 }
 
 #[cfg(test)]
@@ -266,6 +291,20 @@ mod tests {
 
     fn search() -> Run {
         Run { target: "msix_table", task: Task::Search { seconds: 1, keep: false } }
+    }
+
+    #[test]
+    fn every_search_begins_with_the_same_long_inputs_which_differ() {
+        let dir = std::env::temp_dir().join(format!("dormouse-fuzz-start-{}", std::process::id()));
+        begin(&dir).unwrap();
+        let read = || files(&dir).unwrap().iter().map(|path| fs::read(path).unwrap()).collect::<Vec<_>>();
+        let first = read();
+        begin(&dir).unwrap();
+        assert_eq!(first, read());
+        fs::remove_dir_all(&dir).unwrap();
+        assert!(first.iter().all(|bytes| bytes.len() == LONGEST_INPUT));
+        let different: std::collections::BTreeSet<_> = first.iter().collect();
+        assert_eq!(different.len(), STARTS);
     }
 
     #[test]

@@ -336,7 +336,8 @@ fn msix(vectors: u16, steps: &[Step]) {
             real.table_read(offset, &mut data);
             assert_eq!(data[..], model.read(offset, 8), "table at {offset:#x}");
         }
-        for offset in (0..layout.pba().end - layout.pba().start).step_by(8) {
+        let may_pend = matches!(step, Step::Signal { .. } | Step::Mask { .. } | Step::Flags { .. });
+        for offset in (0..layout.pba().end - layout.pba().start).step_by(8).filter(|_| may_pend) {
             let mut data = [0; 8];
             real.pba_read(offset, &mut data);
             let expected = model.pending(&interrupts.held, offset, 8);
@@ -450,11 +451,18 @@ fn msi(layout: MsiLayout, steps: &[Step]) {
                 model = MsiModel::new(layout);
                 let _ = real.reset();
             }
+            // Every read asks the eventfds, which takes its time: bytes one by one only now and then.
+            Step::ReadControl { .. } => {
+                let mut whole = [0x55; 32];
+                real.read(0, &mut whole);
+                for at in 0..32 {
+                    let mut one = [0x55];
+                    real.read(at, &mut one);
+                    assert_eq!(one[0], whole[usize::from(at)], "byte {at} by itself");
+                }
+            }
             // Read after each step.
-            Step::ReadControl { .. }
-            | Step::ReadTable { .. }
-            | Step::ReadPending { .. }
-            | Step::Wild { .. } => {}
+            Step::ReadTable { .. } | Step::ReadPending { .. } | Step::Wild { .. } => {}
         }
         interrupts.failed |= failing;
         interrupts.check(model.enabled(), real.vectors(), |vector| model.message(vector));
@@ -486,11 +494,6 @@ fn read_msi(real: &mut MsiVectors, model: &MsiModel, held: &[bool]) {
     let mut whole = [0x55; 32];
     real.read(0, &mut whole);
     assert_eq!(whole, expected, "{:?}", model.layout);
-    for (at, byte) in (0..).zip(whole) {
-        let mut one = [0x55];
-        real.read(at, &mut one);
-        assert_eq!(one[0], byte, "byte {at} by itself");
-    }
 }
 
 fuzz_target!(|input: Input| {

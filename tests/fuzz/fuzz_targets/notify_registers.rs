@@ -63,11 +63,12 @@ enum Step {
         which: u8,
         value: Request,
     },
-    /// `_OFF`, time to get somewhere, `_ON`.
+    /// `_OFF`, time to get somewhere, perhaps a wake that the guest looks for, `_ON`.
     Trip {
         slot: bool,
         which: u8,
         tenths: u8,
+        wake: bool,
     },
     /// A request to any.
     Stray {
@@ -413,13 +414,21 @@ impl Machine {
                 };
                 self.write(offset, &value.to_le_bytes());
             }
-            Step::Trip { slot, which, tenths } => {
+            Step::Trip { slot, which, tenths, wake } => {
                 let bed = self.bed(*slot);
                 let all: Vec<_> = bed.resources.iter().flatten().chain(&bed.port).collect();
                 let offset = 0x100 + 8 * u64::from(all[usize::from(*which) % all.len()].0);
                 self.write(offset, &[0; 4]);
                 self.check();
-                std::thread::sleep(Duration::from_micros(u64::from(tenths % 30) * 100));
+                let some_time = Duration::from_micros(u64::from(tenths % 30) * 100);
+                std::thread::sleep(some_time);
+                if *wake {
+                    for function in &self.bed(*slot).slot.functions {
+                        function.host_wake();
+                    }
+                    std::thread::sleep(some_time);
+                    (0x10..0x30).step_by(4).for_each(|offset| self.check_read(offset, 4));
+                }
                 self.write(offset, &[1, 0, 0, 0]);
             }
             Step::Stray { index, value } => self.write(0x100 + 8 * u64::from(*index), &value.to_le_bytes()),
