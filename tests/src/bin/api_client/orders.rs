@@ -1,11 +1,16 @@
 //! Every call in every state: the status that it must have, and the state that follows. First each alone, then a long random
 //! walk over the same table.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
 use crate::Outcome;
 use crate::wire::Connection;
 
 /// Calls of the random walk.
 const STEPS: usize = 400;
+/// Reboots during which somebody polls.
+const REBOOTS: usize = 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -82,9 +87,39 @@ pub fn run(socket: &str, kernel: &str) -> Outcome {
         walker.call(row)?;
         calls += 1;
     }
+    walker.go_to(Running)?;
+    let looks = reboots_are_not_seen(socket, &mut walker)?;
     walker.go_to(Nothing)?;
-    println!("{calls} calls were answered as they must be");
+    println!(
+        "{calls} calls were answered as they must be, and {looks} looks at a VM that reboots saw it running"
+    );
     Ok(())
+}
+
+/// Whoever polls a VM while it reboots sees it running all the time. How often somebody looked.
+fn reboots_are_not_seen(socket: &str, walker: &mut Walker) -> Result<u32, String> {
+    let rebooting = AtomicBool::new(true);
+    thread::scope(|scope| {
+        let polling = scope.spawn(|| {
+            let mut connection = Connection::new(socket)?;
+            let mut looks = 0;
+            while rebooting.load(Ordering::SeqCst) {
+                let info = connection.call("GET", "vm.info", None)?;
+                let counters = connection.call("GET", "vm.counters", None)?;
+                if info.json()["state"] != "Running" || counters.status != 200 {
+                    return Err(format!("during a reboot: {info:?}, {counters:?}"));
+                }
+                looks += 1;
+            }
+            Ok(looks)
+        });
+        let reboots = (0..REBOOTS).try_for_each(|_| {
+            walker.call(TABLE.iter().find(|row| row.1 == "vm.reboot").ok_or("no such call")?)
+        });
+        rebooting.store(false, Ordering::SeqCst);
+        let looks = polling.join().map_err(|_| "the polling thread panicked".to_owned())?;
+        reboots.and(looks)
+    })
 }
 
 impl Walker {
