@@ -13,6 +13,8 @@ mod command;
 mod cpio;
 mod demo;
 mod error;
+#[cfg(test)]
+mod examples;
 mod firmware;
 mod guest;
 mod host;
