@@ -14,6 +14,8 @@ mod command;
 mod cpio;
 mod demo;
 mod error;
+#[cfg(test)]
+mod examples;
 mod firmware;
 mod fuzz;
 mod guest;

@@ -109,6 +109,8 @@ fn libvirt(case: &Case<'_>) -> Result<()> {
     host.stays_in(&bdf(E1000E), "D3cold", Duration::from_secs(1))?;
     let log = host.sh("grep -c '^cloud-hypervisor: [0-9.]*s: <[^>]*> INFO:' /run/vmm.log")?;
     ensure(log.trim().parse::<u32>().is_ok_and(|lines| lines > 3), || format!("{log} lines in the log"))?;
+    let policy = remote(host, "power-policy _vfio0 hold_off=1000")?;
+    ensure(policy.contains(r#""hold_off":1000"#), || format!("the policy is {policy}"))?;
     remote(host, "shutdown")?;
     remote(host, "shutdown-vmm")?;
     ended_well(host)?;
