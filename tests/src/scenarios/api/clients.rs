@@ -7,7 +7,8 @@ use serde_json::json;
 use super::{CONFIG, EVENTS, booted, get, launch, lifecycle_events, monitored, put, shut_down};
 use crate::error::{Result, ensure};
 use crate::guest::{API, Guest};
-use crate::host::Host;
+use crate::host::{Host, sysfs};
+use crate::rpc::wait_for;
 use crate::runner::{Case, Scenario};
 use crate::scenarios::steps::{FIRST, IDLE, bdf, unbind, vm};
 use crate::scenarios::{E1000E, GPU, IGB, NVME, scenario};
@@ -78,6 +79,20 @@ fn crate_client(case: &Case<'_>) -> Result<()> {
     expect(&sdk(host, "reboot")?, &["reboot: done"])?;
     guest.wait_ready(mark)?;
     guest.sh("timeout 20 guest_tool drm")?;
+    let text = sdk(host, &format!("add-device={device},net0 add-device={device},net1 info"))?;
+    let lines: Vec<&str> = text.lines().collect();
+    ensure(
+        lines[0].ends_with(": net0 0000:00:02.0")
+            && lines[1].contains(": 409 ")
+            && lines[2].ends_with("dev0 0000:01:00.0, net0 0000:00:02.0]"),
+        || text.clone(),
+    )?;
+    guest.wait_file(&sysfs("0000:00:02.0", "vendor"), "0x8086", IDLE)?;
+    expect(&sdk(host, "remove-device=net0")?, &["remove-device=net0: done"])?;
+    wait_for("the device goes", IDLE, || {
+        let text = sdk(host, "info")?;
+        Ok(if text.contains("net0") { Err(text) } else { Ok(()) })
+    })?;
     expect(
         &sdk(host, "shutdown info delete shutdown-vmm")?,
         &["shutdown: done", "info: Created []", "delete: done", "shutdown-vmm: done"],
