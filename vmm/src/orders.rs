@@ -110,9 +110,11 @@ impl Orders {
         {
             let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
             queue.as_mut().ok_or(VmError::Ending)?.push_back((order, Waiter(sender)));
-        }
-        if let Err(e) = rustix::io::write(&self.event, &1_u64.to_ne_bytes()) {
-            error!("the main loop cannot be woken: {e}");
+            // Under the lock, as is its reading: the descriptor is readable while there are orders, and only then. Readable without any, it
+            // would keep the main loop from sleeping.
+            if let Err(e) = rustix::io::write(&self.event, &1_u64.to_ne_bytes()) {
+                error!("the main loop cannot be woken: {e}");
+            }
         }
         receiver.recv().unwrap_or(Err(VmError::Ending))
     }
