@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::event_device::EventDevice;
 use devices::vfio::dma;
@@ -59,6 +59,9 @@ pub struct Iommu {
 
 /// How long Linux ignores a slot after it has turned its power off (`pciehp_ctrl.c`: one second).
 const SLOT_SETTLES: Duration = Duration::from_millis(1200);
+
+/// The longest that an access of the guest takes: a reset of a device that does not come back.
+const LONGEST_ACCESS: Duration = Duration::from_secs(70);
 
 /// What the devices are connected to.
 pub struct Board {
@@ -150,12 +153,13 @@ impl AssignedDevices {
                 return Err(e.into());
             }
         };
+        // Before any vCPU can map a BAR.
         self.board.close_bars.add(&slot);
-        self.board.notify.add(&slot.domain);
         if let Seat::Port(port) = &place.seat {
             port.attach(&slot)?;
         }
         plug(&self.board.bus, place, &slot)?;
+        self.board.notify.add(&slot.domain);
         let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
         place.slot = Some(slot);
         place.leaving = false;
@@ -263,7 +267,7 @@ impl AssignedDevices {
         let close = move || {
             let id = moved.id.clone();
             slot.domain.shutdown();
-            // Nobody is in the middle of an access any more: one takes no longer than the host's answer to it.
+            wait_until_unused(&slot);
             drop(slot);
             drop(context);
             thread::sleep(settles);
@@ -309,6 +313,20 @@ impl Drop for AssignedDevices {
     fn drop(&mut self) {
         // Before the memory that they can reach.
         self.wait_for_closing();
+    }
+}
+
+/// Waits for vCPUs that found a function before it was unplugged and are still in the middle of an access: the last one to let go closes the
+/// device, and that is not for a vCPU to do.
+fn wait_until_unused(slot: &Slot) {
+    // The slot and, for a function, its power domain.
+    let in_use = || {
+        Arc::strong_count(&slot.domain) > 1
+            || slot.functions.iter().any(|place| Arc::strong_count(&place.function) > 2)
+    };
+    let deadline = Instant::now() + LONGEST_ACCESS;
+    while in_use() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
