@@ -35,7 +35,7 @@ pub fn run(count: &str, sockets: &[&str]) -> Outcome {
     Ok(())
 }
 
-/// Once a second for so long: the metrics, and `dormouse doctor` for the device. Prints how often, and how much processor time the
+/// Once a second for so long: `dormouse top --once`, the metrics, and `dormouse doctor` for the device. Prints how often, and how much processor time the
 /// threads of the VMM took between the readings: from shortly after one to shortly before the next.
 pub fn watch(seconds: &str, socket: &str, pid: &str, bdf: &str) -> Outcome {
     let seconds: u64 = seconds.parse().map_err(|e| format!("{seconds}: {e}"))?;
@@ -44,6 +44,12 @@ pub fn watch(seconds: &str, socket: &str, pid: &str, bdf: &str) -> Outcome {
     let (mut readings, mut between) = (0_u64, 0_u64);
     while begin.elapsed() < Duration::from_secs(seconds) {
         let turn = Instant::now();
+        // The first, so that the thread that has served it is gone when time is taken.
+        let top = Command::new("dormouse").args(["top", "--once"]).output().map_err(|e| e.to_string())?;
+        let shown = String::from_utf8_lossy(&top.stdout).into_owned();
+        if !top.status.success() || !shown.contains(bdf) {
+            return Err(format!("top: {shown}{}", String::from_utf8_lossy(&top.stderr)));
+        }
         let answer = connection.call("GET", "/metrics", None)?;
         if answer.status != 200 || !answer.body.ends_with("# EOF\n") {
             return Err(format!("/metrics: {answer:?}"));
@@ -55,7 +61,7 @@ pub fn watch(seconds: &str, socket: &str, pid: &str, bdf: &str) -> Outcome {
         readings += 1;
         let before = processor_time(pid)?;
         thread::sleep(Duration::from_secs(1).saturating_sub(turn.elapsed()));
-        between += processor_time(pid)? - before;
+        between += processor_time(pid)?.saturating_sub(before);
     }
     println!("{readings} readings, {between} ns of processor time between them");
     Ok(())

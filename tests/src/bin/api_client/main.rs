@@ -4,7 +4,7 @@
 //! - `api_client sdk SOCKET STEP...`: the crate `cloud-hypervisor-client`; see [`sdk`].
 //! - `api_client kata SOCKET CONFIG`: creates and boots as Kata Containers does; see [`kata`].
 //! - `api_client load COUNT SOCKET...`: COUNT calls that read, in turn on each socket; see [`load`].
-//! - `api_client watch SECONDS SOCKET PID BDF`: reads metrics and doctor every second; see [`load`].
+//! - `api_client watch SECONDS SOCKET PID BDF`: reads `top`, metrics and doctor every second; see [`load`].
 //! - `api_client orders SOCKET KERNEL`: every call in every state; see [`orders`].
 //! - `api_client abuse SOCKET PID`: what is no proper use of the API; see [`abuse`].
 //! - `api_client payload FILE`: writes the smallest guest.
