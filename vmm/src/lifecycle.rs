@@ -97,11 +97,7 @@ impl Lifecycle {
     pub fn run(mut self) -> Result<(), VmError> {
         let result = self.serve();
         self.orders.close();
-        self.end_machine();
-        if self.vm.take().is_some() {
-            self.status.set_config(None);
-            self.events.tell("vm", "deleted");
-        }
+        self.delete();
         self.events.tell("vmm", "shutdown");
         result
     }
@@ -203,6 +199,11 @@ impl Lifecycle {
         Ok(Completion::Plain)
     }
 
+    /// Shows the API the configuration that there is now.
+    fn show_config(&self) {
+        self.status.set_config(self.vm.as_ref().map(|vm| &vm.config));
+    }
+
     fn vm(&mut self) -> Result<&mut Vm, VmError> {
         self.vm.as_mut().ok_or(VmError::NotCreated)
     }
@@ -216,8 +217,8 @@ impl Lifecycle {
         if self.vm.is_some() {
             return Err(VmError::AlreadyCreated);
         }
-        self.status.set_config(Some(&config));
         self.vm = Some(Vm { config, machine: None, paused: false, changed: Vec::new() });
+        self.show_config();
         Ok(())
     }
 
@@ -294,8 +295,7 @@ impl Lifecycle {
             }
         }
         vm.machine = Some((running, lifetime));
-        let config = vm.config.clone();
-        self.status.set_config(Some(&config));
+        self.show_config();
         self.events.tell("vm", "rebooted");
         Ok(())
     }
@@ -356,8 +356,7 @@ impl Lifecycle {
             cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
             vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
-            let config = vm.config.clone();
-            self.status.set_config(Some(&config));
+            self.show_config();
         } else {
             let (vcpus, ram) = (vm.config.cpus.boot_vcpus, vm.config.memory.size);
             let refuse = |what, wanted: u64, now: u64| VmError::Resize {
@@ -382,8 +381,8 @@ impl Lifecycle {
         config.devices.get_or_insert_default().push(device);
         config.validate_device_list()?;
         let Some((running, _)) = &mut vm.machine else {
-            vm.config = config.clone();
-            self.status.set_config(Some(&config));
+            vm.config = config;
+            self.show_config();
             return Ok(Completion::Plain);
         };
         config.name_devices();
@@ -397,8 +396,8 @@ impl Lifecycle {
             device.root_port = Some(moved.below_port);
         }
         let view = MachineView::new(running.machine());
-        vm.config = config.clone();
-        self.status.set_config(Some(&config));
+        vm.config = config;
+        self.show_config();
         self.status.set_devices(view);
         Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
     }
@@ -410,12 +409,10 @@ impl Lifecycle {
             let result = running.assigned_mut().request_removal(id).ok_or_else(unknown)?;
             return result.map_err(|e| MachineError::from(e).into());
         }
-        let mut config = vm.config.clone();
-        if !config.remove_device(id) {
+        if !vm.config.remove_device(id) {
             return Err(unknown());
         }
-        vm.config = config.clone();
-        self.status.set_config(Some(&config));
+        self.show_config();
         Ok(())
     }
 
@@ -452,8 +449,8 @@ impl Lifecycle {
 
     fn change_policy(&mut self, id: String, change: &PolicyChange) -> Result<Completion, VmError> {
         let vm = self.vm()?;
-        let devices = vm.config.devices.get_or_insert_default();
-        let Some(device) = devices.iter_mut().find(|device| device.id.as_deref() == Some(id.as_str())) else {
+        let mut devices = vm.config.devices.iter_mut().flatten();
+        let Some(device) = devices.find(|device| device.id.as_deref() == Some(id.as_str())) else {
             return Err(VmError::UnknownDevice { id });
         };
         let mut changed = device.clone();
@@ -475,8 +472,7 @@ impl Lifecycle {
         };
         // So that it outlives a reboot of the guest.
         *device = changed;
-        let config = vm.config.clone();
-        self.status.set_config(Some(&config));
+        self.show_config();
         Ok(Completion::Policy(in_force))
     }
 }
