@@ -101,13 +101,14 @@ fn monitored(host: &Host) -> Result<String> {
     Ok(format!("--event-monitor path={EVENT_PIPE}"))
 }
 
-/// The events so far but those of devices' power, as `source:event`.
-fn lifecycle_events(host: &Host) -> Result<Vec<String>> {
+/// Checks that these are the events so far but those of devices' power, as `source:event`.
+fn expect_events(host: &Host, expected: &[&str]) -> Result<()> {
     let list = event_objects(host)?;
     let of_the_vm = list.iter().filter(|event| event["event"] != "device-power");
     let name =
         |event: &Value| ["source", "event"].map(|name| event[name].as_str().unwrap_or_default()).join(":");
-    Ok(of_the_vm.map(name).collect())
+    let told: Vec<String> = of_the_vm.map(name).collect();
+    ensure(told == expected, || format!("the events were {told:?}"))
 }
 
 /// The events so far: objects with an empty line after each.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{CONFIG, EVENTS, booted, get, launch, lifecycle_events, monitored, put, shut_down};
+use super::{CONFIG, EVENTS, booted, expect_events, get, launch, monitored, put, shut_down};
 use crate::error::{Result, ensure};
 use crate::guest::{API, Guest};
 use crate::host::{Host, sysfs};
@@ -173,25 +173,26 @@ fn libvirt(case: &Case<'_>) -> Result<()> {
     ensure(status == 0, || format!("status {status} after SIGTERM"))?;
     // The given socket is libvirt's own, and stays.
     host.sh(&format!("test -S {socket}; test ! -e {socket}.lock; rm {socket}"))?;
-    let told = lifecycle_events(host)?;
-    let expected = [
-        "vmm:starting",
-        "vm:booting",
-        "vm:booted",
-        "vm:pausing",
-        "vm:paused",
-        "vm:resuming",
-        "vm:resumed",
-        "vm:rebooting",
-        "vm:rebooted",
-        "vm:shutdown",
-        "vm:booting",
-        "vm:booted",
-        "vm:shutdown",
-        "vm:deleted",
-        "vmm:shutdown",
-    ];
-    ensure(told == expected, || format!("the events were {told:?}"))?;
+    expect_events(
+        host,
+        &[
+            "vmm:starting",
+            "vm:booting",
+            "vm:booted",
+            "vm:pausing",
+            "vm:paused",
+            "vm:resuming",
+            "vm:resumed",
+            "vm:rebooting",
+            "vm:rebooted",
+            "vm:shutdown",
+            "vm:booting",
+            "vm:booted",
+            "vm:shutdown",
+            "vm:deleted",
+            "vmm:shutdown",
+        ],
+    )?;
     // libvirt's reader has a buffer of fixed size.
     let longest =
         host.sh(&format!("awk 'BEGIN {{RS=\"\"}} {{if (length > n) n = length}} END {{print n}}' {EVENTS}"))?;

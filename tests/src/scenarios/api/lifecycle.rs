@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{booted, call, expect_state, get, launch, lifecycle_events, monitored, put, shut_down};
+use super::{booted, call, expect_events, expect_state, get, launch, monitored, put, shut_down};
 use crate::error::{Error, Result, ensure};
 use crate::guest::{API, Guest};
 use crate::host::Host;
@@ -132,22 +132,23 @@ fn endings_asleep(case: &Case<'_>) -> Result<()> {
     let answer = call(host, API, "GET", "vm.info", None)?;
     ensure(answer.status == 404, || format!("vm.info after vm.delete: {answer:?}"))?;
     shut_down(&guest, host)?;
-    let told = lifecycle_events(host)?;
-    let expected = [
-        "vmm:starting",
-        "vm:booting",
-        "vm:booted",
-        "vm:rebooting",
-        "vm:rebooted",
-        "vm:rebooting",
-        "vm:rebooted",
-        "vm:pausing",
-        "vm:paused",
-        "vm:shutdown",
-        "vm:deleted",
-        "vmm:shutdown",
-    ];
-    ensure(told == expected, || format!("the events were {told:?}"))
+    expect_events(
+        host,
+        &[
+            "vmm:starting",
+            "vm:booting",
+            "vm:booted",
+            "vm:rebooting",
+            "vm:rebooted",
+            "vm:rebooting",
+            "vm:rebooted",
+            "vm:pausing",
+            "vm:paused",
+            "vm:shutdown",
+            "vm:deleted",
+            "vmm:shutdown",
+        ],
+    )
 }
 
 fn no_shutdown(case: &Case<'_>) -> Result<()> {
@@ -167,21 +168,22 @@ fn no_shutdown(case: &Case<'_>) -> Result<()> {
     put(host, "vm.boot", None)?;
     expect_state(host, "Running")?;
     shut_down(&guest, host)?;
-    let told = lifecycle_events(host)?;
-    let expected = [
-        "vmm:starting",
-        "vm:booting",
-        "vm:booted",
-        "vm:rebooting",
-        "vm:rebooted",
-        "vm:shutdown",
-        "vm:booting",
-        "vm:booted",
-        "vm:shutdown",
-        "vm:deleted",
-        "vmm:shutdown",
-    ];
-    ensure(told == expected, || format!("the events were {told:?}"))
+    expect_events(
+        host,
+        &[
+            "vmm:starting",
+            "vm:booting",
+            "vm:booted",
+            "vm:rebooting",
+            "vm:rebooted",
+            "vm:shutdown",
+            "vm:booting",
+            "vm:booted",
+            "vm:shutdown",
+            "vm:deleted",
+            "vmm:shutdown",
+        ],
+    )
 }
 
 fn buttons(case: &Case<'_>) -> Result<()> {
@@ -214,18 +216,19 @@ fn buttons(case: &Case<'_>) -> Result<()> {
     ensure(status == 0, || format!("the VMM ended with status {status} after the power button"))?;
     // The socket goes with the VMM, and the lock beside it stays.
     host.sh(&format!("test ! -e {API} && test -e {API}.lock"))?;
-    let told = lifecycle_events(host)?;
-    let expected = [
-        "vmm:starting",
-        "vm:booting",
-        "vm:booted",
-        "vm:pausing",
-        "vm:paused",
-        "vm:resuming",
-        "vm:resumed",
-        "vm:shutdown",
-        "vm:deleted",
-        "vmm:shutdown",
-    ];
-    ensure(told == expected, || format!("the events were {told:?}"))
+    expect_events(
+        host,
+        &[
+            "vmm:starting",
+            "vm:booting",
+            "vm:booted",
+            "vm:pausing",
+            "vm:paused",
+            "vm:resuming",
+            "vm:resumed",
+            "vm:shutdown",
+            "vm:deleted",
+            "vmm:shutdown",
+        ],
+    )
 }
