@@ -57,8 +57,7 @@ pub struct DeviceView {
 impl DeviceView {
     /// What its power does and has done; from memory, not from the device.
     pub fn power(&self) -> Option<Snapshot> {
-        let host = self.host.to_string();
-        self.domain.snapshots().into_iter().find(|snapshot| snapshot.bdf == host)
+        self.domain.report().into_iter().find(|report| report.bdf == self.host).map(Snapshot::from)
     }
 }
 
