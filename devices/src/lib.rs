@@ -5,6 +5,8 @@
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;
+pub mod pm_timer;
+// pvpanic
 pub mod reset;
 pub mod rtc;
 pub mod serial;

@@ -13,8 +13,8 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
-    PlatformConfig, VmConfig,
+    ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError,
+    PayloadConfig, PlatformConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -32,7 +32,6 @@ const NOT_YET: &[&str] = &[
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "debug-console",
     "disk",
     "fs",
     "fw-cfg-config",
@@ -49,7 +48,6 @@ const NOT_YET: &[&str] = &[
     "pci-segment",
     "pmem",
     "pvmemcontrol",
-    "pvpanic",
     "rate-limit-group",
     "restore",
     "rng",
@@ -101,8 +99,8 @@ struct Run {
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry point.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
-    /// Firmware to boot (not there yet).
-    #[arg(long, value_name = "PATH", hide = true)]
+    /// Firmware to boot instead of a kernel: an ELF file with a PVH entry point, such as CLOUDHV.fd
+    #[arg(long, value_name = "PATH")]
     firmware: Option<PathBuf>,
     /// Initial RAM file system for the kernel.
     #[arg(long, value_name = "PATH")]
@@ -125,6 +123,12 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Debug console, a port for text: off, null, pty, tty or file=PATH, and iobase=0xe9
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    debug_console: String,
+    /// A device by which the guest's kernel says that it has panicked; it becomes an event
+    #[arg(long)]
+    pvpanic: bool,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -411,7 +415,7 @@ impl Run {
         if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
             if let Some(option) = self.machine_option() {
                 return Err(CliError::Usage(format!(
-                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH, or describe the whole machine through the API"
+                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH or --firmware PATH, or describe the whole machine through the API"
                 )));
             }
             return Ok(Action::Run { config: None, options, log });
@@ -432,6 +436,8 @@ impl Run {
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
             console: ConsoleConfig::parse("--console", &self.console)?,
+            debug_console: DebugConsoleConfig::parse(&self.debug_console)?,
+            pvpanic: self.pvpanic,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -448,6 +454,8 @@ impl Run {
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
             ("--device", !self.device.is_empty()),
+            ("--debug-console", self.debug_console != "off"),
+            ("--pvpanic", self.pvpanic),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)
     }

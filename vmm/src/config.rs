@@ -9,16 +9,20 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod debug_console;
 mod endpoint;
 pub mod option_parser;
 mod parse;
+mod payload;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use absent::{AbsentSettings, RngConfig};
+pub use debug_console::DebugConsoleConfig;
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
+pub use payload::PayloadConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
 
@@ -52,6 +56,9 @@ pub struct VmConfig {
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
+    /// Whether there is a device by which the guest says that its kernel has panicked.
+    #[serde(default)]
+    pub pvpanic: bool,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,
@@ -220,23 +227,6 @@ pub enum HotplugMethod {
     Acpi,
     /// By virtio-mem.
     VirtioMem,
-}
-
-/// What to boot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PayloadConfig {
-    /// Firmware image.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub firmware: Option<PathBuf>,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry point.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<PathBuf>,
-    /// Kernel command line.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cmdline: Option<String>,
-    /// Initial RAM file system.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub initramfs: Option<PathBuf>,
 }
 
 /// Where a console or serial port leads.

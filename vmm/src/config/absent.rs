@@ -44,7 +44,6 @@ absent! {
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
     vsock => "vsock (--vsock)",
-    pvpanic => "pvpanic (--pvpanic)",
     iommu => "iommu (a device with iommu=on)",
     numa => "numa (--numa)",
     watchdog => "watchdog (--watchdog)",
@@ -80,25 +79,6 @@ pub struct RngConfig {
 impl Default for RngConfig {
     fn default() -> Self {
         Self { src: "/dev/urandom".to_owned(), iommu: false }
-    }
-}
-
-/// The debug console; its modes other than `Off` are not there yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DebugConsoleConfig {
-    /// As for the other consoles.
-    pub mode: super::ConsoleMode,
-    /// The file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub file: Option<std::path::PathBuf>,
-    /// Its port.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iobase: Option<u16>,
-}
-
-impl Default for DebugConsoleConfig {
-    fn default() -> Self {
-        Self { mode: super::ConsoleMode::Off, file: None, iobase: Some(0xe9) }
     }
 }
 
