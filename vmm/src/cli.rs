@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::config::{
     ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError,
-    PayloadConfig, PlatformConfig, VmConfig,
+    PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -50,7 +50,6 @@ const NOT_YET: &[&str] = &[
     "pvmemcontrol",
     "rate-limit-group",
     "restore",
-    "rng",
     "rtc",
     "tpm",
     "user-device",
@@ -129,6 +128,9 @@ struct Run {
     /// A device by which the guest's kernel says that it has panicked; it becomes an event
     #[arg(long)]
     pvpanic: bool,
+    /// Source of the guest's random numbers: src=/dev/urandom
+    #[arg(long, value_name = "KEYS")]
+    rng: Option<String>,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -438,6 +440,7 @@ impl Run {
             console: ConsoleConfig::parse("--console", &self.console)?,
             debug_console: DebugConsoleConfig::parse(&self.debug_console)?,
             pvpanic: self.pvpanic,
+            rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -453,6 +456,7 @@ impl Run {
             ("--cpus", self.cpus.is_some()),
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
+            ("--rng", self.rng.is_some()),
             ("--device", !self.device.is_empty()),
             ("--debug-console", self.debug_console != "off"),
             ("--pvpanic", self.pvpanic),

@@ -14,15 +14,18 @@ mod endpoint;
 pub mod option_parser;
 mod parse;
 mod payload;
+pub mod pci_common;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, RngConfig};
+pub use absent::AbsentSettings;
 pub use debug_console::DebugConsoleConfig;
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
+pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
 
