@@ -8,7 +8,7 @@ pub mod event_device;
 pub mod i8042;
 pub mod pm1;
 pub mod pm_timer;
-// pvpanic
+pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

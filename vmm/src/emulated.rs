@@ -6,17 +6,24 @@
 use std::sync::Arc;
 
 use devices::emulated::EmulatedFunction;
+use devices::pvpanic::PvPanic;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
 use pci::DevFn;
+use pci::bar::BarError;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::config::pci_common::PVPANIC;
+use crate::panic_events::PanicTeller;
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum EmulatedError {
+    /// The panic device.
+    #[error("the panic device: {0}; this is a defect, please report it")]
+    PvPanic(#[from] BarError),
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -35,6 +42,8 @@ pub enum EmulatedError {
 pub enum Model {
     /// A virtio device.
     Virtio(Arc<dyn VirtioDevice>),
+    /// The panic device: a new one in each machine.
+    PvPanic,
 }
 
 /// One device, whatever machine it is in.
@@ -59,6 +68,10 @@ impl Unit {
         around: &Surroundings,
     ) -> Result<Arc<dyn EmulatedFunction>, EmulatedError> {
         match &self.model {
+            Model::PvPanic => {
+                let sink = Arc::new(PanicTeller(around.events.clone()));
+                Ok(PvPanic::new(&self.id, devfn, Arc::clone(&around.windows.mmio32), sink)?)
+            }
             Model::Virtio(device) => {
                 let spec = VirtioPciSpec {
                     name: self.id.clone(),
@@ -96,5 +109,9 @@ pub fn make_units(config: &VmConfig, present: &[Unit]) -> Result<Vec<Unit>, Emul
         let is_new = !present.iter().any(|unit| unit.id == id);
         is_new.then_some((id, pci.pci_device_id, make))
     });
-    new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place })).collect()
+    let panics = config.pvpanic && !present.iter().any(|unit| unit.id == PVPANIC);
+    let panics = panics.then(|| Unit { id: PVPANIC.to_owned(), place: None, model: Model::PvPanic });
+    let new = new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place }));
+    // What comes while the machine runs is the last one.
+    panics.map(Ok).into_iter().chain(new).collect()
 }

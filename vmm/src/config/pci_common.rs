@@ -56,6 +56,9 @@ pub enum DefaultName {
 
 use DefaultName::Only;
 
+/// Name of the panic device, of which there is one at most. It has no keys.
+pub const PVPANIC: &str = "__pvpanic";
+
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
@@ -63,8 +66,9 @@ impl VmConfig {
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
-    pub(super) fn remove_emulated(&mut self, _id: &str) -> bool {
-        false
+    pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        // The one that is no list but a toggle.
+        id == PVPANIC && std::mem::take(&mut self.pvpanic)
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.

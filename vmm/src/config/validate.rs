@@ -173,7 +173,6 @@ impl VmConfig {
         self.memory.validate()?;
         self.console.validate_as_console()?;
         self.debug_console.validate()?;
-        refuse(self.pvpanic, "pvpanic (--pvpanic)")?;
         self.absent.validate()?;
         if let Some(platform) = &self.platform {
             platform.validate()?;
