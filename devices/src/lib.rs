@@ -7,6 +7,8 @@ pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;
+pub mod pm_timer;
+pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

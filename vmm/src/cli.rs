@@ -13,8 +13,8 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError,
-    PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, Endpoint, MemoryConfig,
+    OptionError, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -31,7 +31,6 @@ const NOT_YET: &[&str] = &[
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "debug-console",
     "disk",
     "fs",
     "fw-cfg-config",
@@ -48,7 +47,6 @@ const NOT_YET: &[&str] = &[
     "pci-segment",
     "pmem",
     "pvmemcontrol",
-    "pvpanic",
     "rate-limit-group",
     "restore",
     "rtc",
@@ -98,8 +96,8 @@ struct Run {
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry point.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
-    /// Firmware to boot (not there yet).
-    #[arg(long, value_name = "PATH", hide = true)]
+    /// Firmware to boot instead of a kernel: an ELF file with a PVH entry point, such as CLOUDHV.fd
+    #[arg(long, value_name = "PATH")]
     firmware: Option<PathBuf>,
     /// Initial RAM file system for the kernel.
     #[arg(long, value_name = "PATH")]
@@ -122,6 +120,12 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Debug console, a port for text: off, null, pty, tty or file=PATH, and iobase=0xe9
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    debug_console: String,
+    /// A device by which the guest's kernel says that it has panicked; it becomes an event
+    #[arg(long)]
+    pvpanic: bool,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -417,7 +421,7 @@ impl Run {
         if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
             if let Some(option) = self.machine_option() {
                 return Err(CliError::Usage(format!(
-                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH, or describe the whole machine through the API"
+                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH or --firmware PATH, or describe the whole machine through the API"
                 )));
             }
             return Ok(Action::Run { config: None, options, log });
@@ -438,6 +442,8 @@ impl Run {
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
             console: ConsoleConfig::parse("--console", &self.console)?,
+            debug_console: DebugConsoleConfig::parse(&self.debug_console)?,
+            pvpanic: self.pvpanic,
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
             watchdog: self.watchdog,
@@ -460,6 +466,8 @@ impl Run {
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--device", !self.device.is_empty()),
+            ("--debug-console", self.debug_console != "off"),
+            ("--pvpanic", self.pvpanic),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)
     }

@@ -10,19 +10,23 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod balloon;
+mod debug_console;
 mod endpoint;
 pub mod option_parser;
 mod parse;
+mod payload;
 pub mod pci_common;
 mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, DebugConsoleConfig};
+pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
+pub use debug_console::DebugConsoleConfig;
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
+pub use payload::PayloadConfig;
 pub use pci_common::PciCommon;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
@@ -67,6 +71,12 @@ pub struct VmConfig {
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
+    /// Whether there is a device by which the guest says that its kernel has panicked.
+    #[serde(default)]
+    pub pvpanic: bool,
+    /// Its place, which is no setting.
+    #[serde(skip)]
+    pub pvpanic_pci: PciCommon,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,
@@ -235,23 +245,6 @@ pub enum HotplugMethod {
     Acpi,
     /// By virtio-mem.
     VirtioMem,
-}
-
-/// What to boot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PayloadConfig {
-    /// Firmware image.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub firmware: Option<PathBuf>,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry point.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<PathBuf>,
-    /// Kernel command line.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cmdline: Option<String>,
-    /// Initial RAM file system.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub initramfs: Option<PathBuf>,
 }
 
 /// Where a console or serial port leads.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use devices::emulated::EmulatedFunction;
+use devices::pvpanic::PvPanic;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::discard::Discarder;
@@ -13,13 +14,18 @@ use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
 use devices::virtio::watchdog::{CurrentMachine, Watchdog};
 use pci::DevFn;
+use pci::bar::BarError;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::panic_events::PanicTeller;
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum EmulatedError {
+    /// The panic device.
+    #[error("the panic device: {0}; this is a defect, please report it")]
+    PvPanic(#[from] BarError),
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -38,6 +44,8 @@ pub enum EmulatedError {
 pub enum Model {
     /// A virtio device.
     Virtio(Arc<dyn VirtioDevice>),
+    /// The panic device: a new one in each machine.
+    PvPanic,
 }
 
 /// One device, whatever machine it is in.
@@ -59,6 +67,7 @@ impl Unit {
     pub fn resize(&self, size: u64) -> Result<(), String> {
         match &self.model {
             Model::Virtio(device) => device.resize(size),
+            Model::PvPanic => Err("it has no size".to_owned()),
         }
     }
 
@@ -72,6 +81,10 @@ impl Unit {
         around: &Surroundings,
     ) -> Result<Arc<dyn EmulatedFunction>, EmulatedError> {
         match &self.model {
+            Model::PvPanic => {
+                let sink = Arc::new(PanicTeller(around.events.clone()));
+                Ok(PvPanic::new(&self.id, devfn, Arc::clone(&around.windows.mmio32), sink)?)
+            }
             Model::Virtio(device) => {
                 let spec = VirtioPciSpec {
                     name: self.id.clone(),
@@ -112,6 +125,9 @@ fn plan<'a>(config: &'a VmConfig, shared: &'a Shared) -> Vec<Make<'a>> {
     }
     if config.watchdog {
         plan.push(Box::new(|id| Ok(virtio(Watchdog::new(id, Arc::clone(&shared.machine))))));
+    }
+    if config.pvpanic {
+        plan.push(Box::new(|_| Ok(Model::PvPanic)));
     }
     plan
 }

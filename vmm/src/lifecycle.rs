@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vfio_pm::PolicyChange;
 
 use crate::cli::ControlOptions;
-use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
+use crate::config::{ConsoleMode, DeviceConfig, PayloadConfig, VmConfig};
 use crate::control::StopReason;
 use crate::emulated::{Shared, Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
@@ -215,10 +215,11 @@ impl Lifecycle {
         machine.map(|(running, _)| running).ok_or(VmError::NotRunning)
     }
 
-    fn create(&mut self, config: VmConfig) -> Result<(), VmError> {
+    fn create(&mut self, mut config: VmConfig) -> Result<(), VmError> {
         if self.vm.is_some() {
             return Err(VmError::AlreadyCreated);
         }
+        config.payload.iter_mut().for_each(PayloadConfig::drop_unused);
         self.vm = Some(Vm { config, machine: None, paused: false, changed: Vec::new() });
         self.show_config();
         Ok(())
@@ -241,12 +242,19 @@ impl Lifecycle {
             }
         }
         let shared = Shared::default();
+        let debug_console =
+            Backend::open_output(&config.debug_console.output()).map_err(MachineError::DebugConsole)?;
+        if let Some(path) = debug_console.as_ref().and_then(|console| console.pty_path()) {
+            announce(&format!("the debug console is at {}", path.display()));
+            config.debug_console.file = Some(path.to_owned());
+        }
         let lifetime = Lifetime {
             kvm: Arc::clone(&self.kvm),
             signals: Arc::clone(&self.signals),
             orders: Arc::clone(&self.orders),
             events: self.events.clone(),
             console,
+            debug_console,
             battery: Battery::default(),
             latched: Vec::new(),
             units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
@@ -310,7 +318,7 @@ impl Lifecycle {
         let Some((running, mut lifetime)) = self.vm.as_mut().and_then(|vm| vm.machine.take()) else { return };
         self.status.set_machine(None);
         running.end(&mut lifetime);
-        if let Some(console) = lifetime.console {
+        for console in [lifetime.console, lifetime.debug_console].into_iter().flatten() {
             console.flush();
         }
         self.events.tell("vm", "shutdown");

@@ -11,9 +11,11 @@ use arch::layout::{self, LayoutError, MemoryMap};
 use arch::loader::{BootImages, ImageFile, LoadError, Role};
 use devices::event_device::EventDevice;
 use devices::i8042::{I8042, PORTS as I8042_PORTS};
+use devices::pm_timer::{PORTS as PM_TIMER_PORTS, PmTimer};
 use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
 use devices::reset::{MachineControl, ResetControl, ResetRegister};
 use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
+use devices::serial::debug_console::{DebugConsole, PORTS as DEBUG_CONSOLE_PORTS};
 use devices::serial::{Backend, BackendError, PORTS as SERIAL_PORTS, Serial, SerialError};
 use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
@@ -98,6 +100,9 @@ pub enum MachineError {
     /// The other end of the serial port.
     #[error(transparent)]
     Console(#[from] BackendError),
+    /// The other end of the debug console.
+    #[error("the debug console (--debug-console) cannot be connected")]
+    DebugConsole(#[source] BackendError),
     /// The clock.
     #[error(transparent)]
     Rtc(#[from] RtcError),
@@ -132,6 +137,7 @@ pub struct Lifetime {
     pub(crate) orders: Arc<Orders>,
     pub(crate) events: Events,
     pub(crate) console: Option<Arc<Backend>>,
+    pub(crate) debug_console: Option<Arc<Backend>>,
     pub(crate) battery: Battery,
     /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
     pub(crate) latched: Vec<Bdf>,
@@ -199,6 +205,9 @@ impl Machine {
         check_places(&devices, &lifetime.units, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
+        if config.boots_firmware() {
+            map.lower_mmio64();
+        }
 
         let control = Arc::new(Control::new().map_err(resources("the descriptor for stop requests"))?);
         lifetime.shared.machine.set(Arc::downgrade(&(Arc::clone(&control) as Arc<dyn MachineControl>)));
@@ -221,6 +230,13 @@ impl Machine {
             buses.pio("serial port", layout::SERIAL_PORT, SERIAL_PORTS, Arc::clone(&serial) as _)?;
             subscribers.push(serial);
         }
+        if let Some(backend) = &lifetime.debug_console {
+            let console = Arc::new(DebugConsole::new(Arc::clone(backend)));
+            let port = config.debug_console.port();
+            buses.pio("debug console", port, DEBUG_CONSOLE_PORTS, Arc::clone(&console) as _)?;
+            subscribers.push(console);
+        }
+        buses.pio("PM timer", layout::PM_TIMER_PORT, PM_TIMER_PORTS, Arc::new(PmTimer::new()))?;
         let pm1 = Arc::new(Pm1Device::new(line(layout::SCI_GSI)?, as_control()));
         let alarm = Arc::clone(&pm1);
         let rtc = Rtc::new(line(layout::RTC_GSI)?, lifetime.battery.clone())?;
@@ -321,9 +337,13 @@ impl Machine {
 
 fn open_images(config: &VmConfig) -> Result<BootImages, MachineError> {
     let payload = config.payload.clone().unwrap_or_default();
-    let kernel = payload.kernel.ok_or(ConfigError::NoKernel)?;
+    let kernel = match (payload.kernel, payload.firmware) {
+        (Some(kernel), _) => ImageFile::open(Role::Kernel, &kernel)?,
+        (None, Some(firmware)) => ImageFile::open(Role::Firmware, &firmware)?,
+        (None, None) => return Err(ConfigError::NoKernel.into()),
+    };
     Ok(BootImages {
-        kernel: ImageFile::open(Role::Kernel, &kernel)?,
+        kernel,
         initramfs: payload.initramfs.map(|path| ImageFile::open(Role::Initramfs, &path)).transpose()?,
         command_line: payload.cmdline.unwrap_or_default(),
     })

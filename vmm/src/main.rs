@@ -30,6 +30,7 @@ mod memslot;
 mod multicall;
 mod orders;
 mod output;
+mod panic_events;
 mod places;
 mod power_events;
 mod remedy;

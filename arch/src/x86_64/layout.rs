@@ -125,6 +125,10 @@ pub const I8042_PORT: u16 = 0x60;
 pub const CMOS_PORT: u16 = 0x70;
 /// ACPI PM1a event block, with the control block right behind it: six ports in all.
 pub const PM1_EVENT_PORT: u16 = 0x600;
+/// Power management timer, where firmware built for Cloud Hypervisor has it.
+pub const PM_TIMER_PORT: u16 = 0x608;
+/// The debug console, unless it is asked for elsewhere.
+pub const DEBUG_CONSOLE_PORT: u16 = 0xe9;
 /// PCI configuration by ports (mechanism #1): four of address, four of data.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Reset control register of PC chipsets, among those ports.
@@ -320,6 +324,22 @@ impl MemoryMap {
     /// The 64-bit PCI memory window.
     pub fn mmio64(&self) -> AddressRange {
         self.mmio64
+    }
+
+    /// Has the 64-bit PCI window start right behind RAM instead of half-way up. A firmware that assigns BARs itself puts them there: it
+    /// knows where RAM ends, and not where the tables say that the window is. What HyperTransport takes then ends the window.
+    pub fn lower_mmio64(&mut self) {
+        const GIB: u64 = 1 << 30;
+        let ram_end = self.ram.last().map_or(HIGH_RAM, AddressRange::end).max(HIGH_RAM);
+        let mut start = GuestAddress(ram_end.0.next_multiple_of(GIB));
+        if HYPERTRANSPORT.contains(start) {
+            start = HYPERTRANSPORT.end();
+        }
+        let mut window = AddressRange::between(start, self.mmio64.end());
+        if window.overlaps(&HYPERTRANSPORT) {
+            window = AddressRange::between(start, HYPERTRANSPORT.start);
+        }
+        self.mmio64 = window;
     }
 
     /// First address behind the low RAM that the guest may use: the initramfs ends here.

@@ -43,7 +43,6 @@ absent! {
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
     vsock => "vsock (--vsock)",
-    pvpanic => "pvpanic (--pvpanic)",
     iommu => "iommu (a device with iommu=on)",
     numa => "numa (--numa)",
     rtc => "rtc (--rtc)",
@@ -61,25 +60,6 @@ fn is_unused(value: &Value) -> bool {
         Value::Null | Value::Bool(false) => true,
         Value::Array(items) => items.is_empty(),
         _ => false,
-    }
-}
-
-/// The debug console; its modes other than `Off` are not there yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DebugConsoleConfig {
-    /// As for the other consoles.
-    pub mode: super::ConsoleMode,
-    /// The file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub file: Option<std::path::PathBuf>,
-    /// Its port.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iobase: Option<u16>,
-}
-
-impl Default for DebugConsoleConfig {
-    fn default() -> Self {
-        Self { mode: super::ConsoleMode::Off, file: None, iobase: Some(0xe9) }
     }
 }
 

@@ -64,12 +64,20 @@ impl VmConfig {
         if self.watchdog {
             devices.push((Only("__watchdog"), &mut self.watchdog_pci));
         }
+        if self.pvpanic {
+            devices.push((Only("__pvpanic"), &mut self.pvpanic_pci));
+        }
         devices
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
-    pub(super) fn remove_emulated(&mut self, _id: &str) -> bool {
-        false
+    pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        match id {
+            "__balloon" => self.balloon.take().is_some(),
+            "__watchdog" => std::mem::take(&mut self.watchdog),
+            "__pvpanic" => std::mem::take(&mut self.pvpanic),
+            _ => false,
+        }
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.

@@ -27,8 +27,21 @@ const COMPATIBILITY: &str = "docs/compatibility.md";
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// Nothing to boot.
-    #[error("there is nothing to boot: give a kernel with --kernel PATH")]
+    #[error("there is nothing to boot: give a kernel with --kernel PATH, or a firmware with --firmware PATH")]
     NoKernel,
+    /// Two things to boot.
+    #[error(
+        "there are both a kernel (--kernel) and a firmware (--firmware) to boot; give one of them: a firmware takes its kernel from the disk"
+    )]
+    TwoPayloads,
+    /// A debug console that cannot be.
+    #[error("debug_console (--debug-console) at port {port:#x} is not possible: {why}")]
+    DebugConsole {
+        /// Its port.
+        port: u16,
+        /// The cause and the remedy.
+        why: &'static str,
+    },
     /// A setting of Cloud Hypervisor that Dormouse does not have yet.
     #[error("{setting} is not in Dormouse yet; leave it out, or see {COMPATIBILITY}")]
     NotYet {
@@ -168,16 +181,11 @@ impl VmConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        match &self.payload {
-            Some(payload) if payload.firmware.is_some() => return Err(not_yet("--firmware")),
-            Some(payload) if payload.kernel.is_some() => {}
-            _ => return Err(ConfigError::NoKernel),
-        }
+        self.payload.as_ref().ok_or(ConfigError::NoKernel)?.validate()?;
         self.cpus.validate()?;
         self.memory.validate()?;
         self.console.validate_as_console()?;
-        let debug_console = !matches!(self.debug_console.mode, ConsoleMode::Off);
-        refuse(debug_console, "debug_console (--debug-console) other than off")?;
+        self.debug_console.validate()?;
         self.absent.validate()?;
         self.validate_balloon()?;
         if let Some(platform) = &self.platform {
