@@ -277,6 +277,7 @@ impl Machine {
 
         let description = firmware::Description {
             processors: processors.apic_ids(),
+            processor_hotplug: None,
             root_ports: places.iter().filter_map(Place::port_description).collect(),
             functions: places.iter().filter_map(Place::bus_0_description).collect(),
             serial: lifetime.console.is_some(),
