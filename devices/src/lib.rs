@@ -5,6 +5,7 @@
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;
+pub mod processors;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

@@ -13,8 +13,11 @@ use acpi::platform::PlatformDescription;
 use crate::tools::Scratch;
 use crate::{processors, sample};
 
+/// What makes a machine.
+type Machine = fn() -> PlatformDescription;
+
 /// The tables that are kept, and the machine that each is of.
-const TABLES: [(&str, [u8; 4], fn() -> PlatformDescription); 6] = [
+const TABLES: [(&str, [u8; 4], Machine); 6] = [
     ("dsdt", *b"DSDT", machine),
     ("facp", *b"FACP", machine),
     ("apic", *b"APIC", machine),
@@ -61,7 +64,7 @@ fn kept(name: &str, extension: &str) -> PathBuf {
 }
 
 /// The table's bytes as they are generated now.
-fn generated(signature: [u8; 4], machine: fn() -> PlatformDescription) -> Vec<u8> {
+fn generated(signature: [u8; 4], machine: Machine) -> Vec<u8> {
     sample::tables(&machine()).table(signature).unwrap().bytes.clone()
 }
 
