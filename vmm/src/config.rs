@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod cpus;
 mod endpoint;
 pub mod option_parser;
 mod parse;
@@ -17,6 +18,7 @@ mod tests;
 mod validate;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use cpus::CpusError;
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
 pub use validate::ConfigError;

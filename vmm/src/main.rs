@@ -30,6 +30,7 @@ mod orders;
 mod output;
 mod places;
 mod power_events;
+mod processors;
 mod remedy;
 mod running;
 mod sockets;
