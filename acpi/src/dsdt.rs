@@ -23,6 +23,7 @@ use crate::ops::Terms;
 use crate::pci_root::{self, device};
 use crate::platform::{AddressRange, LegacyDeviceDescription, PlatformDescription};
 use crate::pm1;
+use crate::{processor_abi, processors};
 
 const SERIAL_PORT_COUNT: u8 = 8;
 const RTC_PORT_COUNT: u8 = 2;
@@ -39,9 +40,7 @@ pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
     if let Some(rtc) = platform.rtc {
         legacy_device(&mut system_bus, "RTC_", "PNP0B00", rtc, RTC_PORT_COUNT);
     }
-    for uid in 0..platform.processors.len() {
-        processor(&mut system_bus, uid);
-    }
+    processors::processors(&mut system_bus, platform);
 
     let mut dsdt = Terms::new();
     dsdt.push(&Scope::new("\\_SB_".into(), vec![&system_bus]));
@@ -55,7 +54,7 @@ pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
 fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
     let memory = |base: u64, size: u64| FixedMemory(AddressRange { base, size });
     let ports = |base: u16, count: u8| IO::new(base, base, 1, count);
-    let resources: Vec<Box<dyn Aml>> = vec![
+    let mut resources: Vec<Box<dyn Aml>> = vec![
         Box::new(FixedMemory(platform.pci.ecam)),
         Box::new(memory(platform.power_notification, notify_abi::PAGE_SIZE)),
         Box::new(memory(platform.event_device.address, event_abi::BLOCK_SIZE)),
@@ -63,6 +62,9 @@ fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
         Box::new(ports(platform.fixed_hardware.event_block, pm1::EVENT_BLOCK_SIZE)),
         Box::new(ports(platform.fixed_hardware.control_block, pm1::CONTROL_BLOCK_SIZE)),
     ];
+    if let Some(hotplug) = platform.processor_hotplug {
+        resources.push(Box::new(memory(hotplug.registers, processor_abi::BLOCK_SIZE)));
+    }
     let mut board = Terms::new();
     board.push(&Name::new("_HID".into(), &EISAName::new("PNP0C02")));
     board.push(&Name::new("_UID".into(), &ZERO));
@@ -98,12 +100,4 @@ fn legacy_device(terms: &mut Terms, name: &str, id: &str, at: LegacyDeviceDescri
     let interrupt = Interrupt::new(true, true, false, false, u32::from(at.irq));
     children.push(&Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])));
     device(terms, name, &children);
-}
-
-/// A processor; the interrupt controller table names it by the same `_UID`.
-fn processor(terms: &mut Terms, uid: usize) {
-    let mut children = Terms::new();
-    children.push(&Name::new("_HID".into(), &"ACPI0007"));
-    children.push(&Name::new("_UID".into(), &uid));
-    device(terms, &format!("C{uid:03X}"), &children);
 }

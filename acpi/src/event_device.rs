@@ -46,6 +46,8 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
         with_places.push(&If::new(&And::new(&ZERO, &Local(0), &EVENT_PLACES), vec![&places]));
         release(&mut ged);
     }
+    let mut processors = Terms::new();
+    crate::processors::on_event(&mut processors, platform);
     ged.push(&Method::new(
         "_EVT".into(),
         1,
@@ -58,6 +60,7 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
             ),
             &If::new(&And::new(&ZERO, &Local(0), &EVENT_WAKE), vec![&wakes]),
             &with_places,
+            &processors,
         ],
     ));
     device(terms, "GED_", &ged);

@@ -1,12 +1,14 @@
 //! What firmware would tell the guest: ACPI tables and AML, and SMBIOS beside them.
 //!
 //! Everything is generated from a [`PlatformDescription`], plain data with every address in it. The register maps that AML
-//! and the VMM's devices share are data too: [`notify_abi`], [`event_abi`] and [`pm1`].
+//! and the VMM's devices share are data too: [`notify_abi`], [`event_abi`], [`pm1`] and
+//! [`processor_abi`].
 //!
 //! ```text
 //! tables::generate ── fixed         FADT, MADT, MCFG, FACS
 //!                  └─ dsdt ─┬─ pci_root ── device_power ── power_resource
-//!                           └─ event_device
+//!                           ├─ event_device
+//!                           └─ processors
 //! smbios::build
 //! ```
 
@@ -15,6 +17,7 @@ pub mod notify_abi;
 pub mod pci_root;
 pub mod platform;
 pub mod pm1;
+pub mod processor_abi;
 pub mod smbios;
 pub mod tables;
 
@@ -24,6 +27,7 @@ mod event_device;
 mod fixed;
 mod ops;
 mod power_resource;
+mod processors;
 
 pub use event_abi::Event;
 pub use notify_abi::ResourceIndex;

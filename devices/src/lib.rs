@@ -8,6 +8,7 @@ pub mod event_device;
 pub mod i8042;
 pub mod pm1;
 pub mod pm_timer;
+pub mod processors;
 pub mod pvpanic;
 pub mod reset;
 pub mod rtc;

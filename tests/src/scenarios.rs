@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod cpus;
 mod doctor;
 mod endings;
 mod endurance;
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Scenario> {
         endurance::table(),
         boot::table(),
         clients::table(),
+        cpus::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod balloon;
+mod cpus;
 mod debug_console;
 mod endpoint;
 pub mod option_parser;
@@ -23,6 +24,7 @@ mod validate;
 
 pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
+pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;

@@ -131,7 +131,10 @@ impl Lifecycle {
                     }
                 }
                 Outcome::Orders => {}
-                Outcome::Releases => self.devices_released(),
+                Outcome::Releases => {
+                    self.devices_released();
+                    self.processors_answered();
+                }
             }
         }
     }
@@ -368,20 +371,21 @@ impl Lifecycle {
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
             vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
         } else {
-            let (vcpus, ram) = (vm.config.cpus.boot_vcpus, vm.config.memory.size);
+            let ram = vm.config.memory.size;
             let refuse = |what, wanted: u64, now: u64| VmError::Resize {
                 what,
                 wanted,
                 why: format!("it is {now} as long as the machine runs; shut it down, resize, and boot it"),
             };
-            if let Some(wanted) = resize.vcpus.filter(|wanted| *wanted != vcpus) {
-                return Err(refuse("the number of vCPUs", wanted.into(), vcpus.into()));
-            }
             if let Some(wanted) = resize.ram.filter(|wanted| *wanted != ram) {
                 return Err(refuse("the guest's RAM", wanted, ram));
             }
+            if let Some(wanted) = resize.vcpus {
+                self.resize_vcpus(wanted)?;
+            }
         }
         if let (Some(balloon), Some(size)) = (balloon, resize.balloon) {
+            let vm = self.vm()?;
             if let Some((_, lifetime)) = &vm.machine {
                 resize_unit(&lifetime.units, "__balloon", size)?;
             }
@@ -390,6 +394,28 @@ impl Lifecycle {
         self.show_config();
         self.events.tell("vm", "resized");
         Ok(())
+    }
+
+    /// From here on this is the number, also after a reboot of the guest, though it may still have to let go of some.
+    fn resize_vcpus(&mut self, wanted: u32) -> Result<(), VmError> {
+        // Those that it has let go of can come again.
+        self.processors_answered();
+        self.running()?.resize_vcpus(wanted)?;
+        self.vm()?.config.cpus.boot_vcpus = wanted;
+        self.show_config();
+        Ok(())
+    }
+
+    /// The guest has let go of processors, or does not.
+    fn processors_answered(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        let Some((running, _)) = &mut vm.machine else { return };
+        if let Some(count) = running.take_processor_answers()
+            && count != vm.config.cpus.boot_vcpus
+        {
+            vm.config.cpus.boot_vcpus = count;
+            self.show_config();
+        }
     }
 
     fn add_device(&mut self, device: DeviceConfig) -> Result<Completion, VmError> {

@@ -49,6 +49,8 @@ use crate::memory::{GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
 use crate::places::{Place, Reserve, build_places, check_places};
+use crate::processors::ProcessorPool;
+use crate::processors::placement::{Placement, PlacementError};
 use crate::remedy::remedy;
 use crate::vcpu::VcpuContext;
 
@@ -61,6 +63,9 @@ pub enum MachineError {
     /// KVM.
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    /// The threads of the vCPUs.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// The memory map.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -180,6 +185,8 @@ impl Buses {
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
     pub(crate) vcpus: Vec<kvm_ioctls::VcpuFd>,
+    pub(crate) placement: Placement,
+    pub(crate) processors: ProcessorPool,
     pub(crate) event_loop: EventLoop,
     pub(crate) context: VcpuContext,
     pub(crate) rtc: Arc<Rtc>,
@@ -264,6 +271,13 @@ impl Machine {
             Arc::clone(&events) as _,
         )?;
 
+        let sink = Arc::clone(&control) as _;
+        let processors = ProcessorPool::new(processors, Arc::clone(&vm), lifetime.hotplug, &events, sink);
+        if let Some(device) = processors.device() {
+            let at = layout::PROCESSORS;
+            buses.mmio("processors' registers", at.start.0, at.len, Arc::clone(device) as _)?;
+        }
+
         // Before any device is opened, so that a kernel that is none leaves the devices as they were.
         let mut entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
         let low_ram_end = map.low_ram_end();
@@ -305,7 +319,8 @@ impl Machine {
         )?;
 
         let description = firmware::Description {
-            processors: processors.apic_ids(),
+            processors: processors.processors().apic_ids(),
+            processor_hotplug: processors.description(),
             root_ports: places.iter().filter_map(Place::port_description).collect(),
             functions: places.iter().filter_map(Place::bus_0_description).collect(),
             serial: lifetime.console.is_some(),
@@ -317,7 +332,8 @@ impl Machine {
             entry = arch::loader::load(ram.memory(), &map, &images, rsdp)?;
         }
         arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
-        let vcpus = processors.create(&vm, &entry)?;
+        let vcpus = processors.processors().create(&vm, &entry)?;
+        let placement = Placement::new(&config.cpus);
 
         let close_bars = Arc::new(CloseBars::default());
         let context = VcpuContext {
@@ -331,7 +347,19 @@ impl Machine {
         plan.program(&bus);
         let orders = Arc::clone(&lifetime.orders);
         let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
-        Ok(Self { vcpus, event_loop, context, rtc, event_device: events, assigned, ram, vm, plan })
+        Ok(Self {
+            vcpus,
+            placement,
+            processors,
+            event_loop,
+            context,
+            rtc,
+            event_device: events,
+            assigned,
+            ram,
+            vm,
+            plan,
+        })
     }
 }
 

@@ -33,6 +33,7 @@ mod output;
 mod panic_events;
 mod places;
 mod power_events;
+mod processors;
 mod remedy;
 mod running;
 mod sockets;

@@ -12,6 +12,7 @@ use crate::event_loop::Outcome;
 use crate::hotplug::{AssignedDevices, Moved};
 use crate::hypervisor;
 use crate::machine::{Lifetime, Machine, MachineError};
+use crate::processors::ResizeError;
 use crate::vcpu::Vcpus;
 
 /// A machine whose vCPUs run or are paused.
@@ -25,8 +26,8 @@ pub struct Running {
 impl Running {
     /// Starts the vCPUs.
     pub fn start(mut machine: Machine) -> Result<Self, MachineError> {
-        let vcpus = Vcpus::start(std::mem::take(&mut machine.vcpus), &machine.context)
-            .map_err(|source| MachineError::Resources { what: "the threads of the vCPUs", source })?;
+        let vcpus = std::mem::take(&mut machine.vcpus);
+        let vcpus = Vcpus::start(vcpus, &machine.context, machine.placement.clone())?;
         info!("the guest runs");
         Ok(Self { vcpus: Some(vcpus), stopped_clock: None, machine })
     }
@@ -108,6 +109,22 @@ impl Running {
     /// See [`AssignedDevices::add_emulated`](crate::hotplug::AssignedDevices::add_emulated).
     pub fn add_emulated(&mut self, unit: &Unit) -> Result<Moved, MachineError> {
         self.machine.assigned.add_emulated(unit)
+    }
+
+    /// Changes the number of vCPUs.
+    ///
+    /// # Errors
+    /// See [`ProcessorPool::resize`](crate::processors::ProcessorPool::resize).
+    pub fn resize_vcpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
+        match &mut self.vcpus {
+            Some(vcpus) => self.machine.processors.resize(wanted, vcpus),
+            None => Ok(()),
+        }
+    }
+
+    /// What the guest has said since the last look of vCPUs that are to go: how many there are to be now.
+    pub fn take_processor_answers(&mut self) -> Option<u32> {
+        self.machine.processors.take_answers(self.vcpus.as_mut()?)
     }
 
     /// The assigned devices.

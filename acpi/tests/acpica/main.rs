@@ -6,5 +6,6 @@
 mod compile;
 mod golden;
 mod power;
+mod processors;
 mod sample;
 mod tools;

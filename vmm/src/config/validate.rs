@@ -6,19 +6,16 @@ use std::path::{Path, PathBuf};
 
 use acpi::smbios::SystemIdentity;
 use arch::layout::MIN_RAM;
-use arch::topology::{APIC_ID_MAX, Topology, TopologyError};
+use arch::topology::TopologyError;
 use devices::serial::SerialMode;
 use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
-    ConsoleConfig, ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig,
-    PlatformConfig, VmConfig,
+    ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, HotplugMethod, MemoryConfig, PlatformConfig,
+    VmConfig,
 };
-
-/// One for each APIC ID that an interrupt can be sent to.
-const MAX_VCPUS: u16 = APIC_ID_MAX as u16 + 1;
 
 /// Where it is written what Dormouse has of Cloud Hypervisor.
 const COMPATIBILITY: &str = "docs/compatibility.md";
@@ -68,6 +65,9 @@ pub enum ConfigError {
         /// vCPUs asked for.
         boot: u32,
     },
+    /// Processors that come later, or where they run.
+    #[error(transparent)]
+    Cpus(#[from] CpusError),
     /// A topology that does not match.
     #[error("--cpus topology: {0}")]
     Topology(TopologyError),
@@ -217,47 +217,6 @@ impl VmConfig {
             removed = devices.len() < before;
         }
         removed || self.remove_emulated(id)
-    }
-}
-
-impl CpusConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        refuse(self.kvm_hyperv, "--cpus kvm_hyperv=on")?;
-        refuse(self.affinity.is_some(), "--cpus affinity")?;
-        refuse(self.features.amx, "--cpus features=[amx]")?;
-        refuse(self.core_scheduling != CoreScheduling::Vm, "--cpus core_scheduling other than vm")?;
-        refuse(self.max_vcpus != self.boot_vcpus, "--cpus max other than boot")?;
-        if !(36..=52).contains(&self.max_phys_bits) {
-            return Err(ConfigError::PhysBits { bits: self.max_phys_bits });
-        }
-        self.arch_topology().map(|_| ())
-    }
-
-    /// The number of vCPUs.
-    ///
-    /// # Errors
-    /// [`ConfigError::CpuCount`].
-    pub fn vcpus(&self) -> Result<u16, ConfigError> {
-        let boot = self.boot_vcpus;
-        u16::try_from(boot)
-            .ok()
-            .filter(|count| (1..=MAX_VCPUS).contains(count))
-            .ok_or(ConfigError::CpuCount { boot })
-    }
-
-    /// How the vCPUs are grouped.
-    ///
-    /// # Errors
-    /// [`ConfigError::CpuCount`] or [`ConfigError::Topology`].
-    pub fn arch_topology(&self) -> Result<Topology, ConfigError> {
-        let vcpus = self.vcpus()?;
-        let topology = match self.topology {
-            None => Topology::flat(vcpus),
-            Some(t) => {
-                Topology::new(t.threads_per_core, t.cores_per_die, t.dies_per_package, t.packages, vcpus)
-            }
-        };
-        topology.map_err(ConfigError::Topology)
     }
 }
 

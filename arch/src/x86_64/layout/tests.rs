@@ -61,6 +61,7 @@ fn devices_overlap_neither_each_other_nor_ram() {
             IOAPIC,
             POWER_NOTIFICATION,
             EVENT_DEVICE,
+            PROCESSORS,
             RESET_REGISTER,
             LOCAL_APIC,
             KVM_PRIVATE,
