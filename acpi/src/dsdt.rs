@@ -5,6 +5,7 @@
 //! \_SB.PCI0  the PCI Express hierarchy
 //! \_SB.PWRB  power button
 //! \_SB.GED   generic event device
+//! \_SB.MEMn  memory devices that are added later
 //! \_SB.COM1  serial port
 //! \_SB.RTC   real-time clock
 //! \_SB.Cnnn  processors
@@ -18,6 +19,7 @@ use acpi_tables::aml::{
 };
 
 use crate::event_abi;
+use crate::memory_abi;
 use crate::notify_abi;
 use crate::ops::Terms;
 use crate::pci_root::{self, device};
@@ -31,8 +33,12 @@ const RTC_PORT_COUNT: u8 = 2;
 pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
     let mut system_bus = Terms::new();
     motherboard(&mut system_bus, platform);
-    pci_root::host_bridge(&mut system_bus, &platform.pci, platform.power_notification);
+    let node = platform.numa.as_ref().and_then(|numa| numa.pci_node);
+    pci_root::host_bridge(&mut system_bus, &platform.pci, platform.power_notification, node);
     crate::event_device::event_device(&mut system_bus, platform);
+    if let Some(registers) = platform.memory_slots {
+        crate::memory_devices::memory_devices(&mut system_bus, registers);
+    }
     if let Some(serial) = platform.serial {
         legacy_device(&mut system_bus, "COM1", "PNP0501", serial, SERIAL_PORT_COUNT);
     }
@@ -55,7 +61,7 @@ pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
 fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
     let memory = |base: u64, size: u64| FixedMemory(AddressRange { base, size });
     let ports = |base: u16, count: u8| IO::new(base, base, 1, count);
-    let resources: Vec<Box<dyn Aml>> = vec![
+    let mut resources: Vec<Box<dyn Aml>> = vec![
         Box::new(FixedMemory(platform.pci.ecam)),
         Box::new(memory(platform.power_notification, notify_abi::PAGE_SIZE)),
         Box::new(memory(platform.event_device.address, event_abi::BLOCK_SIZE)),
@@ -63,6 +69,9 @@ fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
         Box::new(ports(platform.fixed_hardware.event_block, pm1::EVENT_BLOCK_SIZE)),
         Box::new(ports(platform.fixed_hardware.control_block, pm1::CONTROL_BLOCK_SIZE)),
     ];
+    if let Some(registers) = platform.memory_slots {
+        resources.push(Box::new(memory(registers, memory_abi::BLOCK_SIZE)));
+    }
     let mut board = Terms::new();
     board.push(&Name::new("_HID".into(), &EISAName::new("PNP0C02")));
     board.push(&Name::new("_UID".into(), &ZERO));

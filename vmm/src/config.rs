@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod endpoint;
+mod memory;
+mod numa;
 pub mod option_parser;
 mod parse;
 #[cfg(test)]
@@ -18,6 +20,8 @@ mod validate;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
 pub use endpoint::Endpoint;
+pub use memory::{MemoryConfigError, MemoryZoneConfig};
+pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -52,6 +56,9 @@ pub struct VmConfig {
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
+    /// Nodes of the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Vec<NumaConfig>>,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,
@@ -192,6 +199,9 @@ pub struct MemoryConfig {
     /// Whether transparent huge pages are asked for.
     #[serde(default = "default_true")]
     pub thp: bool,
+    /// Parts with properties of their own, in place of `size` and the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<MemoryZoneConfig>>,
 }
 
 impl Default for MemoryConfig {
@@ -208,6 +218,7 @@ impl Default for MemoryConfig {
             prefault: false,
             reserve: false,
             thp: true,
+            zones: None,
         }
     }
 }

@@ -14,12 +14,19 @@ use crate::sample;
 use crate::tools::Scratch;
 
 /// The tables that are kept.
-const TABLES: [(&str, [u8; 4]); 4] =
-    [("dsdt", *b"DSDT"), ("facp", *b"FACP"), ("apic", *b"APIC"), ("mcfg", *b"MCFG")];
+const TABLES: [(&str, [u8; 4]); 6] = [
+    ("dsdt", *b"DSDT"),
+    ("facp", *b"FACP"),
+    ("apic", *b"APIC"),
+    ("mcfg", *b"MCFG"),
+    ("srat", *b"SRAT"),
+    ("slit", *b"SLIT"),
+];
 /// Says that the golden tables are to be written and not compared.
 const VARIABLE: &str = "GOLDEN";
 
-/// The machine: a GPU in a slot of its own, a slot with two functions, and one whose power is not offered.
+/// The machine: a GPU in a slot of its own, a slot with two functions, and one whose power is not offered; two nodes with a processor
+/// each, and the GPU as a third.
 fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1];
@@ -29,6 +36,7 @@ fn machine() -> PlatformDescription {
         sample::slot(2, Some(2), &[Some(3), Some(4)]),
         sample::slot(3, None, &[None]),
     ];
+    platform.numa = Some(sample::nodes());
     platform
 }
 

@@ -46,7 +46,6 @@ absent! {
     vsock => "vsock (--vsock)",
     pvpanic => "pvpanic (--pvpanic)",
     iommu => "iommu (a device with iommu=on)",
-    numa => "numa (--numa)",
     watchdog => "watchdog (--watchdog)",
     rtc => "rtc (--rtc)",
     pci_segments => "pci_segments (--pci-segment)",
