@@ -5,6 +5,7 @@
 //! \_SB.PCI0  the PCI Express hierarchy
 //! \_SB.PWRB  power button
 //! \_SB.GED   generic event device
+//! \_SB.MEMn  memory devices that are added later
 //! \_SB.COM1  serial port
 //! \_SB.RTC   real-time clock
 //! \_SB.Cnnn  processors
@@ -18,6 +19,7 @@ use acpi_tables::aml::{
 };
 
 use crate::event_abi;
+use crate::memory_abi;
 use crate::notify_abi;
 use crate::ops::Terms;
 use crate::pci_root::{self, device};
@@ -32,8 +34,12 @@ const RTC_PORT_COUNT: u8 = 2;
 pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
     let mut system_bus = Terms::new();
     motherboard(&mut system_bus, platform);
-    pci_root::host_bridge(&mut system_bus, &platform.pci, platform.power_notification);
+    let node = platform.numa.as_ref().and_then(|numa| numa.pci_node);
+    pci_root::host_bridge(&mut system_bus, &platform.pci, platform.power_notification, node);
     crate::event_device::event_device(&mut system_bus, platform);
+    if let Some(registers) = platform.memory_slots {
+        crate::memory_devices::memory_devices(&mut system_bus, registers);
+    }
     if let Some(serial) = platform.serial {
         legacy_device(&mut system_bus, "COM1", "PNP0501", serial, SERIAL_PORT_COUNT);
     }
@@ -64,6 +70,9 @@ fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
     ];
     if let Some(hotplug) = platform.processor_hotplug {
         resources.push(Box::new(memory(hotplug.registers, processor_abi::BLOCK_SIZE)));
+    }
+    if let Some(registers) = platform.memory_slots {
+        resources.push(Box::new(memory(registers, memory_abi::BLOCK_SIZE)));
     }
     let mut board = Terms::new();
     board.push(&Name::new("_HID".into(), &EISAName::new("PNP0C02")));

@@ -29,6 +29,8 @@ pub const EVENT_WAKE: u32 = 1 << 1;
 
 /// EVENTS bit 2: ADDED or LEAVING is not zero.
 pub const EVENT_PLACES: u32 = 1 << 2;
+/// EVENTS bit 3: CHANGED of the memory slots ([`memory_abi`](crate::memory_abi)) is not zero.
+pub const EVENT_MEMORY: u32 = 1 << 3;
 
 /// EVENTS bit 4: the registers of the processors ([`processor_abi`](crate::processor_abi)) have something new.
 pub const EVENT_PROCESSORS: u32 = 1 << 4;
@@ -58,6 +60,8 @@ pub enum Event {
     Places,
     /// A processor is new or is to go.
     Processors,
+    /// Memory has been added.
+    Memory,
 }
 
 impl Event {
@@ -68,6 +72,7 @@ impl Event {
             Self::Wake => EVENT_WAKE,
             Self::Places => EVENT_PLACES,
             Self::Processors => EVENT_PROCESSORS,
+            Self::Memory => EVENT_MEMORY,
         }
     }
 }

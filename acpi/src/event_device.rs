@@ -2,7 +2,8 @@
 //!
 //! `_EVT` reads EVENTS ([`event_abi`](crate::event_abi)), which clears it. For a wake it reads each WAKE register of the power
 //! notification device that can name a function, which clears that too, and notifies the functions named. For functions that
-//! come and go it does the same with ADDED and LEAVING. `RLSE` is where their `_OST` reports.
+//! come and go it does the same with ADDED and LEAVING. `RLSE` is where their `_OST` reports. For memory that is added it reads CHANGED
+//! of [`memory_abi`](crate::memory_abi).
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -13,9 +14,10 @@ use acpi_tables::aml::{
 use pci::DevFn;
 
 use crate::event_abi::{
-    BLOCK_SIZE, EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_CHECK, NOTIFY_DEVICE_WAKE,
-    NOTIFY_EJECT_REQUEST, NOTIFY_POWER_BUTTON,
+    BLOCK_SIZE, EVENT_MEMORY, EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_CHECK,
+    NOTIFY_DEVICE_WAKE, NOTIFY_EJECT_REQUEST, NOTIFY_POWER_BUTTON,
 };
+use crate::memory_devices;
 use crate::notify_abi::{ResourceIndex, WAKE_OFFSET, WAKE_WORD_COUNT, WakeWord};
 use crate::ops::Terms;
 use crate::pci_root::{device, node_path};
@@ -48,6 +50,11 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
     }
     let mut processors = Terms::new();
     crate::processors::on_event(&mut processors, platform);
+    let mut with_memory = Terms::new();
+    if platform.memory_slots.is_some() {
+        let added = memory_devices::notifications();
+        with_memory.push(&If::new(&And::new(&ZERO, &Local(0), &EVENT_MEMORY), vec![&added]));
+    }
     ged.push(&Method::new(
         "_EVT".into(),
         1,
@@ -61,6 +68,7 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
             &If::new(&And::new(&ZERO, &Local(0), &EVENT_WAKE), vec![&wakes]),
             &with_places,
             &processors,
+            &with_memory,
         ],
     ));
     device(terms, "GED_", &ged);

@@ -68,7 +68,12 @@ fn node_name(devfn: DevFn) -> String {
 }
 
 /// `Device (\_SB.PCI0)`, to be put into the scope of `\_SB`.
-pub(crate) fn host_bridge(terms: &mut Terms, pci: &PciDescription, notification_page: u64) {
+pub(crate) fn host_bridge(
+    terms: &mut Terms,
+    pci: &PciDescription,
+    notification_page: u64,
+    proximity: Option<u32>,
+) {
     let mut children = Terms::new();
     children.push(&Name::new("_HID".into(), &EISAName::new("PNP0A08")));
     children.push(&Name::new("_CID".into(), &EISAName::new("PNP0A03")));
@@ -76,6 +81,9 @@ pub(crate) fn host_bridge(terms: &mut Terms, pci: &PciDescription, notification_
         children.push(&Name::new(name.into(), &ZERO));
     }
     children.push(&Name::new("_CBA".into(), &pci.ecam.base));
+    if let Some(proximity) = proximity {
+        children.push(&Name::new("_PXM".into(), &proximity));
+    }
     windows(&mut children, pci);
     osc(&mut children);
     interrupt_routing(&mut children, pci);

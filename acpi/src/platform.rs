@@ -43,6 +43,10 @@ pub struct PlatformDescription {
     pub power_notification: u64,
     /// The generic event device.
     pub event_device: EventDeviceDescription,
+    /// Registers of memory devices that are added later (see [`memory_abi`](crate::memory_abi)); `None` when there can be none.
+    pub memory_slots: Option<u64>,
+    /// What belongs to which node; `None` leaves out the tables that say so.
+    pub numa: Option<NumaDescription>,
     /// Sleep registers and fixed events.
     pub fixed_hardware: FixedHardwareDescription,
     /// The reset register.
@@ -114,6 +118,47 @@ pub struct FunctionDescription {
     /// The function can come and go while the guest runs, and this is its place in the registers for that
     /// ([`event_abi`](crate::event_abi)); below [`PLACE_COUNT`](crate::event_abi::PLACE_COUNT). There may be no function now.
     pub place: Option<u8>,
+}
+
+/// Processors, memory and devices by node. A node's number is its proximity domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NumaDescription {
+    /// One more than the largest number of a node.
+    pub nodes: u16,
+    /// APIC id and node of each vCPU.
+    pub processors: Vec<(u32, u32)>,
+    /// All RAM, and all ranges where RAM may be added.
+    pub memory: Vec<MemoryAffinity>,
+    /// Assigned functions that are nodes of their own.
+    pub initiators: Vec<InitiatorAffinity>,
+    /// Distance from one node to another, where it is not 20.
+    pub distances: Vec<(u32, u32, u8)>,
+    /// The node of PCI segment 0, if it is said.
+    pub pci_node: Option<u32>,
+}
+
+/// A range of memory and its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryAffinity {
+    /// The addresses.
+    pub range: AddressRange,
+    /// The node.
+    pub node: u32,
+    /// Whether the memory may come while the guest runs.
+    pub hotplug: bool,
+}
+
+/// A function that accesses memory by itself, and its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InitiatorAffinity {
+    /// Its PCI segment.
+    pub segment: u16,
+    /// Its bus.
+    pub bus: u8,
+    /// Where it is on its bus.
+    pub devfn: DevFn,
+    /// The node.
+    pub node: u32,
 }
 
 /// The generic event device.

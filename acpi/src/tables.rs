@@ -4,6 +4,7 @@
 //! RSDP ──> XSDT ──> FADT ──> DSDT, FACS
 //!               ──> MADT
 //!               ──> MCFG
+//!               ──> SRAT, SLIT                         where there are nodes, or memory may be added
 //! ```
 
 use std::collections::BTreeSet;
@@ -14,6 +15,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use pci::DevFn;
 
+use crate::affinity;
 use crate::dsdt;
 use crate::fixed::{self, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::notify_abi::{self, ResourceIndex};
@@ -105,8 +107,8 @@ pub enum TableError {
     SystemControlInterrupt(u8),
 }
 
-/// Tables that the XSDT lists.
-const LISTED: [[u8; 4]; 3] = [*b"FACP", *b"APIC", *b"MCFG"];
+/// Tables that the XSDT lists, as far as there are such.
+const LISTED: [[u8; 4]; 5] = [*b"FACP", *b"APIC", *b"MCFG", *b"SRAT", *b"SLIT"];
 
 /// The tables of a machine before it is known where they go. Their sizes are final; what holds addresses of other tables is
 /// still empty.
@@ -129,7 +131,13 @@ pub fn generate(platform: &PlatformDescription) -> Result<UnplacedTables<'_>, Ta
     unplaced.add(*b"FACP", vec![0; FADT::len()]);
     unplaced.add(*b"APIC", fixed::madt(platform));
     unplaced.add(*b"MCFG", fixed::mcfg(platform));
-    unplaced.add(*b"XSDT", xsdt([0; LISTED.len()]));
+    if let Some(numa) = &platform.numa {
+        unplaced.add(*b"SRAT", affinity::srat(numa));
+        if numa.nodes > 1 {
+            unplaced.add(*b"SLIT", affinity::slit(numa));
+        }
+    }
+    unplaced.add(*b"XSDT", xsdt(&unplaced.listed()));
     Ok(unplaced)
 }
 
@@ -148,7 +156,7 @@ impl UnplacedTables<'_> {
             table.address = table.address.saturating_add(area);
         }
         let fadt = fixed::fadt(self.platform, self.address(*b"DSDT"), self.address(*b"FACS"));
-        let xsdt = xsdt(LISTED.map(|signature| self.address(signature)));
+        let xsdt = xsdt(&self.listed());
         let rsdp = bytes(&Rsdp::new(OEM_ID, self.address(*b"XSDT")));
         self.fill(*b"FACP", fadt);
         self.fill(*b"XSDT", xsdt);
@@ -159,6 +167,12 @@ impl UnplacedTables<'_> {
     fn add(&mut self, signature: [u8; 4], bytes: Vec<u8>) {
         let address = self.size().checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
         self.tables.push(PlacedTable { signature, address, bytes });
+    }
+
+    /// Addresses of the tables that the XSDT lists.
+    fn listed(&self) -> Vec<u64> {
+        let of = |signature| self.tables.iter().find(|table| table.signature == signature);
+        LISTED.into_iter().filter_map(of).map(|table| table.address).collect()
     }
 
     fn address(&self, signature: [u8; 4]) -> u64 {
@@ -173,9 +187,9 @@ impl UnplacedTables<'_> {
     }
 }
 
-fn xsdt(entries: [u64; LISTED.len()]) -> Vec<u8> {
+fn xsdt(entries: &[u64]) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    entries.into_iter().for_each(|address| xsdt.add_entry(address));
+    entries.iter().for_each(|address| xsdt.add_entry(*address));
     bytes(&xsdt)
 }
 

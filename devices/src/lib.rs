@@ -6,6 +6,7 @@
 pub mod emulated;
 pub mod event_device;
 pub mod i8042;
+pub mod memory_slots;
 pub mod pm1;
 pub mod pm_timer;
 pub mod processors;

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, Endpoint, MemoryConfig,
-    OptionError, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    MemoryZoneConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -41,9 +41,7 @@ const NOT_YET: &[&str] = &[
     "ivshmem",
     "landlock",
     "landlock-rules",
-    "memory-zone",
     "net",
-    "numa",
     "pci-segment",
     "pmem",
     "pvmemcontrol",
@@ -108,9 +106,18 @@ struct Run {
     /// Processors: boot=1,topology=THREADS:CORES:DIES:PACKAGES,max_phys_bits=46,nested=on
     #[arg(long, value_name = "KEYS")]
     cpus: Option<String>,
-    /// Memory: size=512M,shared=off,prefault=off,thp=on
+    /// Memory: size=512M,shared=off,hugepages=off,hugepage_size=,hotplug_size=,hotplugged_size=,prefault=off,reserve=off,thp=on,
+    /// mergeable=off
     #[arg(long, value_name = "KEYS")]
     memory: Option<String>,
+    /// Memory zone: id=NAME,size=512M,file=PATH,shared=off,hugepages=off,hugepage_size=,host_numa_node=,hotplug_size=,hotplugged_size=,
+    /// prefault=off,reserve=off,mergeable=off; with --memory size=0. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    memory_zone: Vec<String>,
+    /// Node of the guest: guest_numa_id=N,cpus=[0-1],distances=[N@20],memory_zones=[NAME],device_id=NAME,pci_segments=[0].
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    numa: Vec<String>,
     /// Machine: iommufd=off,system_serial_number=,system_uuid=,oem_strings=[..] and other SMBIOS strings
     #[arg(long, value_name = "KEYS")]
     platform: Option<String>,
@@ -428,12 +435,16 @@ impl Run {
         }
         let devices: Vec<_> =
             self.device.iter().map(|text| DeviceConfig::parse(text)).collect::<Result<_, _>>()?;
+        let zones: Vec<_> =
+            self.memory_zone.iter().map(|text| MemoryZoneConfig::parse(text)).collect::<Result<_, _>>()?;
+        let nodes: Vec<_> = self.numa.iter().map(|text| NumaConfig::parse(text)).collect::<Result<_, _>>()?;
+        let mut memory =
+            self.memory.as_deref().map_or_else(|| Ok(MemoryConfig::default()), MemoryConfig::parse)?;
+        memory.zones = (!zones.is_empty()).then_some(zones);
         let config = VmConfig {
             cpus: self.cpus.as_deref().map_or_else(|| Ok(CpusConfig::default()), CpusConfig::parse)?,
-            memory: self
-                .memory
-                .as_deref()
-                .map_or_else(|| Ok(MemoryConfig::default()), MemoryConfig::parse)?,
+            memory,
+            numa: (!nodes.is_empty()).then_some(nodes),
             payload: Some(PayloadConfig {
                 firmware: self.firmware,
                 kernel: self.kernel,
@@ -461,6 +472,8 @@ impl Run {
             ("--cmdline", self.cmdline.is_some()),
             ("--cpus", self.cpus.is_some()),
             ("--memory", self.memory.is_some()),
+            ("--memory-zone", !self.memory_zone.is_empty()),
+            ("--numa", !self.numa.is_empty()),
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
             ("--balloon", self.balloon.is_some()),

@@ -13,6 +13,8 @@ mod balloon;
 mod cpus;
 mod debug_console;
 mod endpoint;
+mod memory;
+mod numa;
 pub mod option_parser;
 mod parse;
 mod payload;
@@ -27,6 +29,8 @@ pub use balloon::BalloonConfig;
 pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
 pub use endpoint::Endpoint;
+pub use memory::{MemoryConfigError, MemoryZoneConfig};
+pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
 pub use pci_common::PciCommon;
@@ -79,6 +83,9 @@ pub struct VmConfig {
     /// Its place, which is no setting.
     #[serde(skip)]
     pub pvpanic_pci: PciCommon,
+    /// Nodes of the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Vec<NumaConfig>>,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,
@@ -219,6 +226,9 @@ pub struct MemoryConfig {
     /// Whether transparent huge pages are asked for.
     #[serde(default = "default_true")]
     pub thp: bool,
+    /// Parts with properties of their own, in place of `size` and the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<MemoryZoneConfig>>,
 }
 
 impl Default for MemoryConfig {
@@ -235,6 +245,7 @@ impl Default for MemoryConfig {
             prefault: false,
             reserve: false,
             thp: true,
+            zones: None,
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use acpi::platform::{
     AddressRange, EventDeviceDescription, FixedHardwareDescription, FunctionDescription,
-    InterruptDescription, LegacyDeviceDescription, PciDescription, PlatformDescription, PortRange,
-    ProcessorHotplugDescription, ResetDescription, RootPortDescription,
+    InterruptDescription, LegacyDeviceDescription, NumaDescription, PciDescription, PlatformDescription,
+    PortRange, ProcessorHotplugDescription, ResetDescription, RootPortDescription,
 };
 use acpi::smbios::SystemIdentity;
 use arch::layout::{self, LayoutError, MemoryMap};
@@ -44,6 +44,10 @@ pub struct Description {
     pub root_ports: Vec<RootPortDescription>,
     /// Functions that are, or may come, on bus 0.
     pub functions: Vec<FunctionDescription>,
+    /// Whether memory may be added.
+    pub memory_slots: bool,
+    /// What belongs to which node.
+    pub numa: Option<NumaDescription>,
     /// Whether there is a serial port.
     pub serial: bool,
     /// Who made the machine.
@@ -98,6 +102,8 @@ fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
             address: layout::EVENT_DEVICE.start.0,
             gsi: layout::EVENT_DEVICE_GSI,
         },
+        memory_slots: description.memory_slots.then_some(layout::MEMORY_SLOTS.start.0),
+        numa: description.numa,
         fixed_hardware: FixedHardwareDescription {
             event_block: layout::PM1_EVENT_PORT,
             control_block: layout::PM1_EVENT_PORT + u16::from(acpi::pm1::EVENT_BLOCK_SIZE),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use devices::emulated::EmulatedFunction;
 use devices::event_device::EventDevice;
-use devices::vfio::dma;
+use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::VfioFunction;
 use devices::vfio::open::{ContextKind, Handle, IommuContext};
 use devices::virtio::discard::{Discarder, Pin};
@@ -21,7 +21,7 @@ use pci::bus::RootBus;
 use pci::{Bdf, PciFunction};
 use vfio_ioctls::VfioDeviceFd;
 use vfio_pm::NotifyDevice;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
 use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
 use crate::emulated::Unit;
@@ -252,6 +252,25 @@ impl AssignedDevices {
         self.iommu.context = Some(context);
         self.iommu.pin = Some(pin);
         Ok(handle)
+    }
+
+    /// Lets all devices reach more memory; `total` is how much there is then, in bytes.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn map_memory(&self, region: &GuestRegionMmap, total: u64) -> Result<(), DmaError> {
+        let first = self.slots().flat_map(|slot| &slot.functions).next();
+        match (&self.iommu.context, first) {
+            (Some(context), Some(first)) => dma::map_region(context, region, total, first.host),
+            _ => Ok(()),
+        }
+    }
+
+    /// Undoes [`Self::map_memory`].
+    pub fn unmap_memory(&self, region: &GuestRegionMmap) {
+        if let Some(context) = &self.iommu.context {
+            dma::unmap_region(context, region);
+        }
     }
 
     /// Asks the guest to let go of a device; asks again if it was asked before. `None` if there is no such device.

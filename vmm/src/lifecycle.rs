@@ -3,6 +3,8 @@
 //! There is a configuration or none; from a configuration there is a machine or none; a machine runs or is paused. Names, orders that
 //! are refused, and events are Cloud Hypervisor's. A guest that switches itself off ends the VMM, unless it was told to stay.
 
+mod memory;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -195,6 +197,7 @@ impl Lifecycle {
             Order::PowerButton => self.running()?.press_power_button(),
             Order::Nmi => self.running()?.nmi(),
             Order::Resize(resize) => self.resize(resize)?,
+            Order::ResizeZone(id, wanted) => self.resize_memory(memory::Resized::Zone(&id), wanted)?,
             Order::AddDevice(device) => return self.add_device(*device),
             Order::AddEmulated(addition) => return self.add_emulated(addition),
             Order::RemoveDevice(id) => self.remove_device(&id)?,
@@ -369,20 +372,11 @@ impl Lifecycle {
             let cpus = &mut vm.config.cpus;
             cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
-            vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
-        } else {
-            let ram = vm.config.memory.size;
-            let refuse = |what, wanted: u64, now: u64| VmError::Resize {
-                what,
-                wanted,
-                why: format!("it is {now} as long as the machine runs; shut it down, resize, and boot it"),
-            };
-            if let Some(wanted) = resize.ram.filter(|wanted| *wanted != ram) {
-                return Err(refuse("the guest's RAM", wanted, ram));
-            }
-            if let Some(wanted) = resize.vcpus {
-                self.resize_vcpus(wanted)?;
-            }
+        } else if let Some(wanted) = resize.vcpus {
+            self.resize_vcpus(wanted)?;
+        }
+        if let Some(wanted) = resize.ram {
+            self.resize_memory(memory::Resized::Whole, wanted)?;
         }
         if let (Some(balloon), Some(size)) = (balloon, resize.balloon) {
             let vm = self.vm()?;

@@ -11,6 +11,7 @@ use arch::layout::{self, LayoutError, MemoryMap};
 use arch::loader::{BootImages, ImageFile, LoadError, Role};
 use devices::event_device::EventDevice;
 use devices::i8042::{I8042, PORTS as I8042_PORTS};
+use devices::memory_slots::{MemoryInSlot, MemorySlots};
 use devices::pm_timer::{PORTS as PM_TIMER_PORTS, PmTimer};
 use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
 use devices::reset::{MachineControl, ResetControl, ResetRegister};
@@ -45,7 +46,7 @@ use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::ioevents::KvmDoorbells;
 use crate::irq::{Gsi, IrqRouter};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
 use crate::places::{Place, Reserve, build_places, check_places};
@@ -194,6 +195,8 @@ pub struct Machine {
     // The power domains first, since their workers drive the functions' hardware; the functions with the last
     // reference to the buses; then the descriptors, the IOMMU context, and last of all the RAM that it maps.
     pub(crate) assigned: AssignedDevices,
+    /// Where the guest finds memory that is added, if any can be.
+    pub(crate) memory_slots: Option<Arc<MemorySlots>>,
     pub(crate) ram: GuestRam,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) plan: Plan,
@@ -211,7 +214,8 @@ impl Machine {
         };
         check_places(&devices, &lifetime.units, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
-        let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
+        let mut map = MemoryMap::new(config.memory.boot_size(), processors.phys_bits())?;
+        let zones = memory::plan(&config.memory, config.numa.as_deref(), &mut map)?;
         if config.boots_firmware() {
             map.lower_mmio64();
         }
@@ -220,8 +224,7 @@ impl Machine {
         lifetime.shared.machine.set(Arc::downgrade(&(Arc::clone(&control) as Arc<dyn MachineControl>)));
         let vm = Arc::new(hypervisor::create_vm(&lifetime.kvm)?);
         let memslots = Memslots::new(&lifetime.kvm, Arc::clone(&vm), Arc::clone(&control));
-        let ranges: Vec<_> = map.ram().iter().map(|range| (range.start, range.len)).collect();
-        let ram = GuestRam::new(&config.memory, &ranges, &memslots)?;
+        let ram = GuestRam::new(zones, &config.memory, &memslots)?;
         hypervisor::create_interrupt_controllers(&vm)?;
         let router = IrqRouter::new(Arc::clone(&vm));
         let as_control = || Arc::clone(&control) as Arc<dyn MachineControl>;
@@ -277,6 +280,7 @@ impl Machine {
             let at = layout::PROCESSORS;
             buses.mmio("processors' registers", at.start.0, at.len, Arc::clone(device) as _)?;
         }
+        let memory_slots = memory_slots(&ram, &events, &mut buses)?;
 
         // Before any device is opened, so that a kernel that is none leaves the devices as they were.
         let mut entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
@@ -294,7 +298,7 @@ impl Machine {
             memory: ram.space().clone(),
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
         };
-        let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory(), &lifetime.shared.discarder)?;
+        let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let (bus, plan) = pci_bus(&places, &map)?;
@@ -324,6 +328,13 @@ impl Machine {
             root_ports: places.iter().filter_map(Place::port_description).collect(),
             functions: places.iter().filter_map(Place::bus_0_description).collect(),
             serial: lifetime.console.is_some(),
+            memory_slots: memory_slots.is_some(),
+            numa: memory::numa::describe(
+                config.numa.as_deref(),
+                ram.zones(),
+                &processors.processors().apic_ids(),
+                |id| places.iter().find_map(|place| place.address_of(id)),
+            ),
             identity: config.platform.clone().unwrap_or_default().identity()?,
         };
         let rsdp = firmware::write(ram.memory(), &mut map, description)?;
@@ -356,11 +367,31 @@ impl Machine {
             rtc,
             event_device: events,
             assigned,
+            memory_slots,
             ram,
             vm,
             plan,
         })
     }
+}
+
+/// The registers of memory that is added later, with what there is of it from the start.
+fn memory_slots(
+    ram: &GuestRam,
+    events: &Arc<EventDevice>,
+    buses: &mut Buses,
+) -> Result<Option<Arc<MemorySlots>>, MachineError> {
+    if ram.zones().iter().all(|zone| zone.hotplug.is_none()) {
+        return Ok(None);
+    }
+    let slots = Arc::new(MemorySlots::new(Arc::clone(events)));
+    for added in ram.added() {
+        let node = ram.zones().get(added.zone).map_or(0, |zone| zone.node);
+        slots.fill_at_boot(MemoryInSlot { base: added.range.start.0, size: added.range.len, node });
+    }
+    let registers = layout::MEMORY_SLOTS;
+    buses.mmio("memory slots", registers.start.0, registers.len, Arc::clone(&slots) as _)?;
+    Ok(Some(slots))
 }
 
 fn open_images(config: &VmConfig) -> Result<BootImages, MachineError> {
@@ -389,8 +420,11 @@ pub fn check_some_devices(
     config: &VmConfig,
     devices: Vec<DeviceConfig>,
 ) -> Result<Vec<Assignment>, MachineError> {
-    let hosts =
-        Preflight::default().check(&device_paths(&devices), context_kind(config), config.memory.size)?;
+    let hosts = Preflight::default().check(
+        &device_paths(&devices),
+        context_kind(config),
+        config.memory.total_size(),
+    )?;
     Ok(hosts.into_iter().zip(devices).map(|(host, config)| Assignment { host, config }).collect())
 }
 

@@ -1,40 +1,41 @@
-//! Guest RAM: host mappings for the ranges of the guest memory map, registered with KVM.
+//! Guest RAM: host mappings for the ranges of the guest memory map, registered with KVM, and what is added to it later.
+//!
+//! ```text
+//! zones      which zone of the configuration is where, and where it may grow
+//! backing    one mapping: anonymous, shared, of huge pages, of a file; its node and its advice
+//! prefault   all pages of a mapping, allocated by several threads
+//! growth     RAM that is added to a running machine
+//! numa       what the affinity tables say of it
+//! ```
 
-use std::fs::File;
-use std::io;
 use std::sync::Arc;
 
-use devices::virtio::Memory;
-use rustix::fs::MemfdFlags;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use arch::layout::AddressRange;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileMemory,
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap,
 };
 
-use crate::config::MemoryConfig;
+use crate::config::{HotplugMethod, MemoryConfig};
 use crate::memslot::{Memslot, MemslotError, Memslots};
-use crate::remedy::remedy;
+
+mod backing;
+pub mod growth;
+pub mod numa;
+mod prefault;
+#[cfg(test)]
+mod tests;
+mod zones;
+
+pub use backing::BackingError;
+pub use zones::{Zone, plan};
 
 /// Why guest RAM could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// `mmap` refused.
-    #[error(
-        "cannot map {size} bytes of guest memory: {source}; lower --memory size= or free memory on the host"
-    )]
-    Map {
-        /// Bytes asked for.
-        size: u64,
-        /// What the kernel said.
-        source: MmapRegionError,
-    },
-    /// The file behind shared memory could not be made.
-    #[error("cannot create the file behind shared guest memory: {source}; {}", remedy(source))]
-    Memfd {
-        /// What the kernel said.
-        source: io::Error,
-    },
+    /// The host does not give the memory.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
     /// KVM refused the slot.
     #[error(
         "cannot give guest memory at {gpa:#x} to KVM: {source}; the host's kernel log (dmesg) may say more"
@@ -50,91 +51,132 @@ pub enum MemoryError {
     Layout(#[source] GuestRegionCollectionError),
 }
 
+/// RAM that is there beyond what the machine was laid out with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// Which zone it is of.
+    pub zone: usize,
+    /// Where it is.
+    pub range: AddressRange,
+}
+
 /// Guest RAM and the memory slots that show it to the guest.
 #[derive(Debug)]
 pub struct GuestRam {
     // Order matters: the slots go before the memory behind them is unmapped.
-    _slots: Vec<Memslot>,
-    memory: GuestMemoryMmap,
-    space: Memory,
+    slots: Vec<Memslot>,
+    space: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// What the guest starts with, for those who fill it before.
+    boot: Arc<GuestMemoryMmap>,
+    zones: Vec<Zone>,
+    added: Vec<Added>,
+    memslots: Arc<Memslots>,
 }
 
 impl GuestRam {
-    /// Maps `ranges` (`(start, size)`) and registers them.
+    /// Maps the RAM of all zones and registers it, with what of their ranges for growth is to be there from the start.
     pub fn new(
+        zones: Vec<Zone>,
         config: &MemoryConfig,
-        ranges: &[(GuestAddress, u64)],
         memslots: &Arc<Memslots>,
     ) -> Result<Self, MemoryError> {
-        let regions = ranges
-            .iter()
-            .map(|&(start, size)| Ok(Arc::new(map_region(config, start, size)?)))
-            .collect::<Result<Vec<_>, MemoryError>>()?;
+        let mut regions = Vec::new();
+        for zone in &zones {
+            for part in &zone.parts {
+                regions.push(Arc::new(backing::map(zone, part.range, part.offset)?));
+            }
+        }
         let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(MemoryError::Layout)?;
-        let slots = memory
-            .iter()
-            .map(|region| {
-                let gpa = region.start_addr().0;
-                memslots
-                    .add(gpa, region.as_ptr() as u64, region.len())
-                    .map_err(|source| MemoryError::Slot { gpa, source })
-            })
-            .collect::<Result<_, _>>()?;
-        let space = Memory::new(memory.clone());
-        Ok(Self { _slots: slots, memory, space })
+        let slots = memory.iter().map(|region| slot(memslots, region)).collect::<Result<_, _>>()?;
+        let boot = Arc::new(memory);
+        let mut ram = Self {
+            slots,
+            space: GuestMemoryAtomic::from(Arc::clone(&boot)),
+            boot,
+            zones,
+            added: Vec::new(),
+            memslots: Arc::clone(memslots),
+        };
+        if config.hotplug_method == HotplugMethod::Acpi {
+            for zone in 0..ram.zones.len() {
+                let size = ram.zones[zone].config.hotplugged_size.unwrap_or(0);
+                if let Some(range) = ram.room(zone, size).filter(|range| !range.is_empty()) {
+                    let region = ram.map(zone, range)?;
+                    ram.show(zone, &region)?;
+                }
+            }
+        }
+        Ok(ram)
     }
 
-    /// The memory itself.
+    /// What the guest starts with: for what is put there before it runs.
     pub fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+        &self.boot
     }
 
-    /// The memory as devices hold it, with what is added later.
-    pub fn space(&self) -> &Memory {
+    /// All RAM there is now and will be. A clone of it sees what is added later.
+    pub fn space(&self) -> &GuestMemoryAtomic<GuestMemoryMmap> {
         &self.space
     }
+
+    /// All RAM there is now.
+    pub fn now(&self) -> Arc<GuestMemoryMmap> {
+        self.space().memory().into_inner()
+    }
+
+    /// The zones, with their ranges for growth.
+    pub fn zones(&self) -> &[Zone] {
+        &self.zones
+    }
+
+    /// RAM that is there beyond what the machine was laid out with, in the order in which it came.
+    pub fn added(&self) -> &[Added] {
+        &self.added
+    }
+
+    /// RAM of a zone, in bytes.
+    pub fn size(&self, zone: usize) -> u64 {
+        let added = self.added.iter().filter(|added| added.zone == zone);
+        let boot = self.zones.get(zone).map_or(0, |zone| zone.config.size);
+        added.fold(boot, |sum, added| sum.saturating_add(added.range.len))
+    }
+
+    /// The next `size` bytes of the range where the zone may grow, if there is room for them.
+    pub fn room(&self, zone: usize, size: u64) -> Option<AddressRange> {
+        let range = self.zones.get(zone)?.hotplug?;
+        let used: u64 =
+            self.added.iter().filter(|added| added.zone == zone).map(|added| added.range.len).sum();
+        let limit = self.zones.get(zone)?.config.hotplug_size?;
+        let start = range.start.0.checked_add(used)?;
+        (used.checked_add(size)? <= limit).then(|| AddressRange::new(vm_memory::GuestAddress(start), size))
+    }
+
+    /// Maps memory of a zone for `range`, which is in its range for growth. The guest does not have it yet.
+    pub fn map(&self, zone: usize, range: AddressRange) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+        let Some(zone) = self.zones.get(zone) else {
+            return Err(MemoryError::Layout(GuestRegionCollectionError::NoMemoryRegion));
+        };
+        let start = zone.hotplug.map_or(range.start.0, |hotplug| hotplug.start.0);
+        let offset = zone.config.size.saturating_add(range.start.0.saturating_sub(start));
+        Ok(Arc::new(backing::map(zone, range, offset)?))
+    }
+
+    /// Gives mapped memory of a zone to the guest: a memory slot, and a place in the space that devices see. Nothing is left of it if it
+    /// fails.
+    pub fn show(&mut self, zone: usize, region: &Arc<GuestRegionMmap>) -> Result<(), MemoryError> {
+        let larger = self.now().insert_region(Arc::clone(region)).map_err(MemoryError::Layout)?;
+        let slot = slot(&self.memslots, region)?;
+        self.slots.push(slot);
+        self.space.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(larger);
+        self.added.push(Added { zone, range: AddressRange::new(region.start_addr(), region.len()) });
+        Ok(())
+    }
 }
 
-fn map_region(config: &MemoryConfig, start: GuestAddress, size: u64) -> Result<GuestRegionMmap, MemoryError> {
-    let map_error = |source| MemoryError::Map { size, source };
-    let length = usize::try_from(size).map_err(|_| map_error(MmapRegionError::InvalidPointer))?;
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let mut builder = MmapRegionBuilder::new(length).with_mmap_prot(protection);
-    let mut flags = libc::MAP_NORESERVE;
-    if config.shared {
-        let file = rustix::fs::memfd_create("dormouse-ram", MemfdFlags::CLOEXEC)
-            .map(File::from)
-            .map_err(|e| MemoryError::Memfd { source: e.into() })?;
-        file.set_len(size).map_err(|source| MemoryError::Memfd { source })?;
-        flags |= libc::MAP_SHARED;
-        builder = builder.with_file_offset(FileOffset::new(file, 0));
-    } else {
-        flags |= libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
-    }
-    if config.prefault {
-        flags |= libc::MAP_POPULATE;
-    }
-    let region = builder.with_mmap_flags(flags).build().map_err(map_error)?;
-    if start.0 == 0 {
-        // The first 2 MiB hold boot structures of a few pages. A huge page there would be cleared in whole before the guest's
-        // first instruction, which takes longer than all the rest of the start. One small page keeps it away; advice for
-        // these 2 MiB alone would split the mapping for good.
-        advise(&region, false);
-        if let Ok(first) = region.get_ref::<u8>(0) {
-            first.store(0);
-        }
-    }
-    advise(&region, config.thp);
-    GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout(GuestRegionCollectionError::NoMemoryRegion))
-}
-
-/// Says whether transparent huge pages are wanted behind the region.
-#[allow(unsafe_code)] // madvise takes an address.
-fn advise(region: &MmapRegion, huge: bool) {
-    use rustix::mm::{Advice, madvise};
-    let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
-    // SAFETY: the range is the mapping just made; the advice changes how it is backed, not what it holds.
-    if let Err(e) = unsafe { madvise(region.as_ptr().cast(), region.size(), advice) } {
-        log::debug!("guest memory is backed by pages as the host likes: {e}");
-    }
+/// A memory slot over a region, which must outlive it.
+fn slot(memslots: &Arc<Memslots>, region: &GuestRegionMmap) -> Result<Memslot, MemoryError> {
+    let gpa = region.start_addr().0;
+    memslots
+        .add(gpa, region.as_ptr() as u64, region.len())
+        .map_err(|source| MemoryError::Slot { gpa, source })
 }

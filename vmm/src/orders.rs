@@ -37,6 +37,8 @@ pub enum Order {
     Nmi,
     /// Change numbers of what a machine has.
     Resize(Resize),
+    /// Change the size of a memory zone, in bytes.
+    ResizeZone(String, u64),
     /// Add an assigned device.
     AddDevice(Box<DeviceConfig>),
     /// Add one of the machine's own devices.

@@ -232,6 +232,14 @@ impl Place {
         }
     }
 
+    /// Address in the guest of the function with this name, if it is here.
+    pub fn address_of(&self, id: &str) -> Option<Bdf> {
+        let function = self.slot.as_ref()?.functions.iter().find(|function| function.id == id)?;
+        let first = self.guest_address();
+        let number = function.function.devfn().function();
+        Some(Bdf { devfn: DevFn::new(first.devfn.device(), number).unwrap_or(first.devfn), ..first })
+    }
+
     /// What the BARs of a port's functions need, or of those that may come.
     pub fn port_needs(&self) -> Option<PortNeeds> {
         let devfn = self.seat.port()?.devfn();

@@ -94,13 +94,18 @@ impl Running {
         &self.machine
     }
 
+    /// The machine, for what is added to it.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
     /// Adds an assigned device.
     ///
     /// # Errors
     /// See [`AssignedDevices::add`](crate::hotplug::AssignedDevices::add).
     pub fn add_device(&mut self, assignment: &Assignment) -> Result<Moved, MachineError> {
         let Machine { assigned, ram, vm, .. } = &mut self.machine;
-        assigned.add(assignment, ram.memory(), || Ok(hypervisor::create_vfio_device(vm)?))
+        assigned.add(assignment, &ram.now(), || Ok(hypervisor::create_vfio_device(vm)?))
     }
 
     /// Adds one of the machine's own devices.

@@ -17,18 +17,21 @@ use crate::{processors, sample};
 type Machine = fn() -> PlatformDescription;
 
 /// The tables that are kept, and the machine that each is of.
-const TABLES: [(&str, [u8; 4], Machine); 6] = [
+const TABLES: [(&str, [u8; 4], Machine); 8] = [
     ("dsdt", *b"DSDT", machine),
     ("facp", *b"FACP", machine),
     ("apic", *b"APIC", machine),
     ("mcfg", *b"MCFG", machine),
+    ("srat", *b"SRAT", machine),
+    ("slit", *b"SLIT", machine),
     ("dsdt_processors", *b"DSDT", processors::machine),
     ("apic_processors", *b"APIC", processors::machine),
 ];
 /// Says that the golden tables are to be written and not compared.
 const VARIABLE: &str = "GOLDEN";
 
-/// The machine: a GPU in a slot of its own, a slot with two functions, and one whose power is not offered.
+/// The machine: a GPU in a slot of its own, a slot with two functions, and one whose power is not offered; two nodes with a processor
+/// each, and the GPU as a third.
 fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1];
@@ -38,6 +41,7 @@ fn machine() -> PlatformDescription {
         sample::slot(2, Some(2), &[Some(3), Some(4)]),
         sample::slot(3, None, &[None]),
     ];
+    platform.numa = Some(sample::nodes());
     platform
 }
 

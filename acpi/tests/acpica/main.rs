@@ -5,6 +5,7 @@
 
 mod compile;
 mod golden;
+mod memory;
 mod power;
 mod processors;
 mod sample;

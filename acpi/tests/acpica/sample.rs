@@ -39,6 +39,8 @@ pub fn machine() -> PlatformDescription {
         },
         power_notification: NOTIFICATION,
         event_device: EventDeviceDescription { address: EVENTS, gsi: 10 },
+        memory_slots: None,
+        numa: None,
         fixed_hardware: FixedHardwareDescription { event_block: 0x600, control_block: 0x604, sci: 9 },
         reset: ResetDescription { address: 0xfed3_0000, value: 1 },
         serial: Some(LegacyDeviceDescription { port: 0x3f8, irq: 4 }),
@@ -53,6 +55,24 @@ pub fn slot(device: u8, resource: Option<u8>, functions: &[Option<u8>]) -> RootP
         devfn: DevFn::new(device, 0).unwrap(),
         resource: resource.map(ResourceIndex),
         functions: functions.collect(),
+    }
+}
+
+/// Two nodes with a processor and memory each, of which one can have more, and a function that is a node of its own.
+pub fn nodes() -> NumaDescription {
+    let memory =
+        |base, size, node, hotplug| MemoryAffinity { range: AddressRange { base, size }, node, hotplug };
+    NumaDescription {
+        nodes: 3,
+        processors: vec![(0, 0), (1, 1)],
+        memory: vec![
+            memory(0, 0x4000_0000, 0, false),
+            memory(0x4000_0000, 0x4000_0000, 1, false),
+            memory(0x1_0000_0000, 0x8000_0000, 1, true),
+        ],
+        initiators: vec![InitiatorAffinity { segment: 0, bus: 1, devfn: DevFn::new(0, 0).unwrap(), node: 2 }],
+        distances: vec![(0, 1, 21), (1, 0, 21), (0, 2, 40)],
+        pci_node: None,
     }
 }
 

@@ -26,10 +26,13 @@
 //! FED2_0000  |  event device           |
 //! FED3_0000  |  reset register         |
 //! FED5_0000  |  processors' registers  |
+//! FED6_0000  |  memory slots           |
 //! FEE0_0000  |  local APICs            |
 //! FFFB_C000  |  KVM identity map, TSS  |                                          (reserved)
 //!  1_0000_0000 +-----------------------+  high RAM: what does not fit below
 //!            | high RAM                |  (steps over FD_0000_0000..100_0000_0000)
+//!            +-------------------------+
+//!            | RAM that may be added   |  each range starts at a multiple of 128 MiB, and steps over the same
 //!            +-------------------------+
 //! 2^(bits-1) +-------------------------+  64-bit PCI memory window: the upper half of the
 //!            |                         |  guest-physical space
@@ -104,6 +107,8 @@ pub const EVENT_DEVICE: AddressRange = AddressRange::new(GuestAddress(0xfed2_000
 pub const RESET_REGISTER: AddressRange = AddressRange::new(GuestAddress(0xfed3_0000), 0x1000);
 /// The registers through which processors come and go.
 pub const PROCESSORS: AddressRange = AddressRange::new(GuestAddress(0xfed5_0000), 0x1000);
+/// The registers of memory devices that are added later.
+pub const MEMORY_SLOTS: AddressRange = AddressRange::new(GuestAddress(0xfed6_0000), 0x1000);
 /// Local APIC registers, the same address for every vCPU.
 pub const LOCAL_APIC: AddressRange = AddressRange::new(GuestAddress(0xfee0_0000), 0x1000);
 /// Page that KVM uses as identity page table where the processor cannot run real mode (one page).
@@ -162,6 +167,9 @@ pub const MSI_GSI_BASE: u32 = IOAPIC_PINS;
 
 /// The least RAM a machine can have, in bytes.
 pub const MIN_RAM: u64 = 64 * MIB;
+
+/// RAM that is added later starts at a multiple of this and comes in multiples of it: the memory blocks of Linux.
+pub const HOTPLUG_ALIGN: u64 = 128 * MIB;
 
 /// The most physical address bits a machine is given when nothing else is asked for: what a 4-level
 /// second-stage page table and the IOMMUs in use can translate.
@@ -257,6 +265,17 @@ pub enum LayoutError {
         /// The most RAM there is room for, in bytes.
         max: u64,
     },
+    /// RAM that is to be added later would reach the 64-bit PCI window.
+    #[error(
+        "{size} bytes of memory to add later do not fit below the 64-bit PCI window at {limit:#x}; lower hotplug_size, or \
+         raise max_phys_bits if the host's processors have more"
+    )]
+    NoRoomToGrow {
+        /// How much is to be added, in bytes.
+        size: u64,
+        /// Where the window starts.
+        limit: u64,
+    },
     /// A number of address bits that no x86_64 processor has.
     #[error("{phys_bits} physical address bits are not possible; use 36 to 52")]
     PhysBits {
@@ -275,6 +294,8 @@ pub enum LayoutError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryMap {
     ram: Vec<AddressRange>,
+    /// Ranges for RAM that may be added later, in ascending order.
+    hotplug: Vec<AddressRange>,
     mmio64: AddressRange,
     /// ACPI tables at the top of low RAM, when they do not fit below 1 MiB.
     tables: Option<AddressRange>,
@@ -311,12 +332,33 @@ impl MemoryMap {
         if left > 0 {
             return Err(too_large);
         }
-        Ok(Self { ram, mmio64, tables: None })
+        Ok(Self { ram, hotplug: Vec::new(), mmio64, tables: None })
     }
 
     /// The RAM ranges, in ascending order: one memory slot each. The first one starts at 0.
     pub fn ram(&self) -> &[AddressRange] {
         &self.ram
+    }
+
+    /// Keeps `size` bytes, rounded up to whole blocks, above all RAM for RAM that may be added later, starting at a multiple of
+    /// `align` and of [`HOTPLUG_ALIGN`].
+    ///
+    /// # Errors
+    /// [`LayoutError::NoRoomToGrow`].
+    pub fn reserve_hotplug(&mut self, size: u64, align: u64) -> Result<AddressRange, LayoutError> {
+        let limit = self.mmio64.start;
+        let refused = LayoutError::NoRoomToGrow { size, limit: limit.0 };
+        let Some(len) = size.checked_next_multiple_of(HOTPLUG_ALIGN) else { return Err(refused) };
+        let align = align.max(HOTPLUG_ALIGN);
+        let above = self.ram.iter().chain(&self.hotplug).map(|range| range.end().0).max().unwrap_or(0);
+        let range = high_ram_gaps(limit).into_iter().find_map(|gap| {
+            let start = above.max(gap.start.0).checked_next_multiple_of(align)?;
+            let fits = start.checked_add(len)? <= gap.end().0;
+            fits.then(|| AddressRange::new(GuestAddress(start), len))
+        });
+        let range = range.ok_or(refused)?;
+        self.hotplug.push(range);
+        Ok(range)
     }
 
     /// The 32-bit PCI memory window.
@@ -333,7 +375,8 @@ impl MemoryMap {
     /// knows where RAM ends, and not where the tables say that the window is. What HyperTransport takes then ends the window.
     pub fn lower_mmio64(&mut self) {
         const GIB: u64 = 1 << 30;
-        let ram_end = self.ram.last().map_or(HIGH_RAM, AddressRange::end).max(HIGH_RAM);
+        let ends = self.ram.iter().chain(&self.hotplug).map(AddressRange::end);
+        let ram_end = ends.max().unwrap_or(HIGH_RAM).max(HIGH_RAM);
         let mut start = GuestAddress(ram_end.0.next_multiple_of(GIB));
         if HYPERTRANSPORT.contains(start) {
             start = HYPERTRANSPORT.end();

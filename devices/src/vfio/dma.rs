@@ -1,9 +1,10 @@
 //! Guest RAM in the IOMMU: what the assigned functions may reach by DMA.
 //!
-//! All of guest RAM is mapped before the guest runs and stays so until it ends: a map can then not fail in the
+//! All of guest RAM is mapped before the guest has it and stays so until it ends: a map can then not fail in the
 //! guest's hands, and nothing is unmapped while a function with an address translation cache is asleep.
 #![allow(unsafe_code)] // DMA maps hand host addresses to the kernel.
 
+use log::error;
 use pci::Bdf;
 use vfio_ioctls::VfioError;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -32,7 +33,8 @@ pub fn map_guest_memory(
     memory.iter().try_for_each(|region| map_region(context, region, total, first))
 }
 
-fn map_region(
+/// Maps one region of guest memory; `total` is how much there is of it in all.
+pub fn map_region(
     context: &IommuContext,
     region: &GuestRegionMmap,
     total: u64,
@@ -60,4 +62,13 @@ fn map_region(
         };
         DmaError { bdf: first, gpa, size, cause: e.to_string(), hint }
     })
+}
+
+/// Takes a region away again that no function has been told to reach.
+pub fn unmap_region(context: &IommuContext, region: &GuestRegionMmap) {
+    let (gpa, size) = (region.start_addr().raw_value(), region.len());
+    let length = usize::try_from(size).unwrap_or(usize::MAX);
+    if let Err(e) = context.ops().vfio_dma_unmap(gpa, length) {
+        error!("guest memory at {gpa:#x} ({size:#x} bytes) stays mapped for DMA: {e}");
+    }
 }

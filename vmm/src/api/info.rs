@@ -30,7 +30,7 @@ pub fn info(api: &Api) -> Result<Value, VmError> {
             let mut info = json!({
                 "config": config,
                 "state": state,
-                "memory_actual_size": config.memory.size.saturating_sub(withheld(machine)),
+                "memory_actual_size": config.memory.total_size().saturating_sub(withheld(machine)),
             });
             if let (Some(machine), Some(fields)) = (machine, info.as_object_mut()) {
                 fields.insert("device_tree".to_owned(), device_tree(machine));

@@ -82,7 +82,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
     ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Absent("virtio-vsock")),
     ("vm.resize-disk", "The disk could not be resized", Endpoint::Absent("resizing a disk")),
-    ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Absent("memory zones")),
+    ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Body(resize_zone)),
     ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Absent("snapshots")),
     ("vm.restore", "The VM could not be restored", Endpoint::Absent("snapshots")),
     ("vm.coredump", "The VM could not be dumped", Endpoint::Absent("core dumps")),
@@ -211,6 +211,17 @@ fn resize(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
     let ResizeBody { desired_vcpus, desired_ram, desired_balloon } = parse(body)?;
     let resize = Resize { vcpus: desired_vcpus, ram: desired_ram, balloon: desired_balloon };
     place(api, Order::Resize(resize))
+}
+
+#[derive(Deserialize)]
+struct ResizeZoneBody {
+    id: String,
+    desired_ram: u64,
+}
+
+fn resize_zone(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let ResizeZoneBody { id, desired_ram } = parse(body)?;
+    place(api, Order::ResizeZone(id, desired_ram))
 }
 
 fn add_device(api: &Api, body: &[u8]) -> Result<Answer, Failure> {

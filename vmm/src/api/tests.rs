@@ -55,9 +55,10 @@ const PLAIN: [&str; 9] = [
     "vm.power-button",
     "vm.nmi",
 ];
-const BODIES: [&str; 7] = [
+const BODIES: [&str; 8] = [
     "vm.create",
     "vm.resize",
+    "vm.resize-zone",
     "vm.add-device",
     "vm.remove-device",
     "vm.power-policy",
@@ -368,7 +369,7 @@ fn large_bodies() {
         let clients = (0..CLIENTS).map(|_| {
             let (mut client, body) = (server.client(), body.clone());
             std::thread::spawn(move || {
-                let status = client.put("vm.resize-zone", &body).status;
+                let status = client.put("vm.coredump", &body).status;
                 assert!(status == 500 || status == 503, "{status}");
             })
         });

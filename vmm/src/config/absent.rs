@@ -44,7 +44,6 @@ absent! {
     vdpa => "vdpa (--vdpa)",
     vsock => "vsock (--vsock)",
     iommu => "iommu (a device with iommu=on)",
-    numa => "numa (--numa)",
     rtc => "rtc (--rtc)",
     pci_segments => "pci_segments (--pci-segment)",
     tpm => "tpm (--tpm)",

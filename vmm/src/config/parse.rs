@@ -83,6 +83,7 @@ impl MemoryConfig {
             prefault: options.toggle("prefault", default.prefault)?,
             reserve: options.toggle("reserve", default.reserve)?,
             thp: options.toggle("thp", default.thp)?,
+            zones: None,
         })
     }
 }

@@ -53,9 +53,7 @@ fn the_default_machine_is_valid_once_it_has_a_kernel() {
 #[test]
 fn what_is_not_there_yet_is_refused_by_name() {
     let memory = |text| error(|c| c.memory = MemoryConfig::parse(text).unwrap());
-    for key in ["mergeable=on", "hugepages=on", "hugepage_size=2M", "hotplug_size=1G", "reserve=on"] {
-        assert!(memory(key).contains(key.split('=').next().unwrap()), "{key}");
-    }
+    assert!(memory("hotplug_method=virtio-mem,hotplug_size=1G").contains("virtio-mem"));
     let platform = |text| error(|c| c.platform = Some(PlatformConfig::parse(text).unwrap()));
     for key in [
         "num_pci_segments=2",
@@ -141,7 +139,7 @@ fn impossible_processors_and_memory_are_refused() {
     assert!(cpus("max_phys_bits=64").contains("max_phys_bits=64"));
     let memory = |text| error(|c| c.memory = MemoryConfig::parse(text).unwrap());
     assert!(memory("size=63M").contains("64M"));
-    assert!(memory("size=67108865").contains("4 KiB"));
+    assert!(memory("size=67108865").contains("4096"));
     assert!(CpusConfig::parse("topology=1:2:3").is_err());
 }
 

@@ -13,7 +13,7 @@ use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
-    ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, HotplugMethod, MemoryConfig, PlatformConfig,
+    ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig,
     VmConfig,
 };
 
@@ -51,12 +51,12 @@ pub enum ConfigError {
         /// Bytes asked for.
         size: u64,
     },
-    /// A size that is no number of pages.
-    #[error("--memory size={size} is not a whole number of 4 KiB pages; round it up")]
-    MemoryNotPages {
-        /// Bytes asked for.
-        size: u64,
-    },
+    /// Memory and its zones.
+    #[error(transparent)]
+    Memory(#[from] MemoryConfigError),
+    /// Nodes.
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// No vCPU, or more than there can be.
     #[error(
         "--cpus boot={boot}: a machine has from 1 to 255 vCPUs, as many as KVM's IOAPIC can send interrupts to"
@@ -184,6 +184,7 @@ impl VmConfig {
         self.payload.as_ref().ok_or(ConfigError::NoKernel)?.validate()?;
         self.cpus.validate()?;
         self.memory.validate()?;
+        super::numa::validate(self)?;
         self.console.validate_as_console()?;
         self.debug_console.validate()?;
         self.absent.validate()?;
@@ -217,26 +218,6 @@ impl VmConfig {
             removed = devices.len() < before;
         }
         removed || self.remove_emulated(id)
-    }
-}
-
-impl MemoryConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        refuse(self.mergeable, "--memory mergeable=on")?;
-        refuse(self.hugepages, "--memory hugepages=on")?;
-        refuse(self.hugepage_size.is_some(), "--memory hugepage_size")?;
-        refuse(self.hotplug_method != HotplugMethod::Acpi, "--memory hotplug_method=virtio-mem")?;
-        refuse(self.hotplug_size.is_some_and(|size| size > 0), "--memory hotplug_size")?;
-        refuse(self.hotplugged_size.is_some_and(|size| size > 0), "--memory hotplugged_size")?;
-        refuse(self.reserve, "--memory reserve=on")?;
-        let size = self.size;
-        if size < MIN_RAM {
-            return Err(ConfigError::MemoryTooSmall { size });
-        }
-        if !size.is_multiple_of(4096) {
-            return Err(ConfigError::MemoryNotPages { size });
-        }
-        Ok(())
     }
 }
 

@@ -63,6 +63,7 @@ fn devices_overlap_neither_each_other_nor_ram() {
             EVENT_DEVICE,
             PROCESSORS,
             RESET_REGISTER,
+            MEMORY_SLOTS,
             LOCAL_APIC,
             KVM_PRIVATE,
             HYPERTRANSPORT,
@@ -140,4 +141,32 @@ fn a_lowered_window_starts_behind_ram_and_reaches_neither_it_nor_hypertransport(
     let mut map = MemoryMap::new(HYPERTRANSPORT.start.0 - GIB, 46).unwrap();
     map.lower_mmio64();
     assert_eq!(map.mmio64().start, HYPERTRANSPORT.end());
+}
+
+#[test]
+fn memory_to_be_added_lies_above_all_ram_in_whole_aligned_blocks() {
+    let mut small = map(GIB);
+    let first = small.reserve_hotplug(GIB, 4096).unwrap();
+    assert_eq!(first, AddressRange::new(HIGH_RAM, GIB));
+    // The next one of another zone, of an odd size and with pages of 1 GiB.
+    let second = small.reserve_hotplug(5 * MIB, GIB).unwrap();
+    assert_eq!(second, AddressRange::new(GuestAddress(5 * GIB), HOTPLUG_ALIGN));
+    assert!(!small.entries().iter().any(|e| e.range.overlaps(&first) || e.range.overlaps(&second)));
+
+    let mut odd = map(4 * GIB + 4096);
+    let range = odd.reserve_hotplug(GIB, 4096).unwrap();
+    assert_eq!(range.start.0, 5 * GIB + HOTPLUG_ALIGN);
+}
+
+#[test]
+fn memory_to_be_added_steps_over_hypertransport_and_stops_at_the_64_bit_window() {
+    let mut wide = map(GIB);
+    let range = wide.reserve_hotplug(2048 * GIB, 4096).unwrap();
+    assert_eq!(range.start, HYPERTRANSPORT.end());
+
+    let mut narrow = MemoryMap::new(GIB, 36).unwrap();
+    assert!(narrow.reserve_hotplug(28 * GIB, 4096).is_ok());
+    let refused = LayoutError::NoRoomToGrow { size: MIB, limit: 32 * GIB };
+    assert_eq!(narrow.reserve_hotplug(MIB, 4096), Err(refused));
+    assert!(narrow.reserve_hotplug(u64::MAX, 4096).is_err());
 }
