@@ -4,6 +4,7 @@
 //! `vmm` creates them and puts them on its buses; nothing here knows KVM.
 
 pub mod block;
+pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;

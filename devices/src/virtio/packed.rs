@@ -111,9 +111,9 @@ impl PackedRing {
                 return Err(RingError::Unfinished);
             }
             let address = self.descriptor_at(place);
-            let descriptor: Descriptor = memory.read_obj(GuestAddress(address)).map_err(|_| {
-                RingError::Outside { what: RING, address, len: DESCRIPTOR_LEN }
-            })?;
+            let descriptor: Descriptor = memory
+                .read_obj(GuestAddress(address))
+                .map_err(|_| RingError::Outside { what: RING, address, len: DESCRIPTOR_LEN })?;
             slots += 1;
             place += 1;
             if place == size {
@@ -150,7 +150,8 @@ impl PackedRing {
         if let Some(place) = self.position.avail.checked_sub(chain.slots) {
             self.position.avail = place;
         } else {
-            self.position.avail = self.position.avail.wrapping_add(self.layout.size).wrapping_sub(chain.slots);
+            self.position.avail =
+                self.position.avail.wrapping_add(self.layout.size).wrapping_sub(chain.slots);
             self.position.avail_wrap = !self.position.avail_wrap;
         }
     }

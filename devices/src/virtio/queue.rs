@@ -232,3 +232,6 @@ impl ActiveQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
