@@ -7,7 +7,6 @@ pub mod buffers;
 pub mod counters;
 pub mod detect;
 pub mod error;
-pub mod limit;
 pub mod lock;
 pub mod qcow2;
 pub mod raw;
@@ -213,14 +212,18 @@ impl Disk {
                     && !spec.readonly
                     && let Err(e) = image.allocate()
                 {
-                    warn!("disk {}: sparse=off, but its room cannot be taken in advance: {e}", path.display());
+                    warn!(
+                        "disk {}: sparse=off, but its room cannot be taken in advance: {e}",
+                        path.display()
+                    );
                 }
                 Image::Raw(image)
             }
             ImageType::Qcow2 => Image::Qcow2(Qcow2Image::open(plain, direct, spec)?),
             other => return Err(DiskError::Format { path: path.into(), name: other.name() }),
         };
-        let protected = spec.image_type == ImageType::Unknown && image_type == ImageType::Raw && !spec.readonly;
+        let protected =
+            spec.image_type == ImageType::Unknown && image_type == ImageType::Raw && !spec.readonly;
         if protected {
             warn!(
                 "disk {}: it looks raw, but nobody has said so: its first sector will not be written; add image_type=raw",
@@ -228,7 +231,11 @@ impl Disk {
             );
         }
         if !image.size().is_multiple_of(SECTOR) {
-            warn!("disk {}: its last {} bytes make no sector and are not used", path.display(), image.size() % SECTOR);
+            warn!(
+                "disk {}: its last {} bytes make no sector and are not used",
+                path.display(),
+                image.size() % SECTOR
+            );
         }
         Ok(Self { image, path: path.into(), readonly: spec.readonly, sparse: spec.sparse, protected, serial })
     }

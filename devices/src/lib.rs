@@ -8,6 +8,7 @@ pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;
+pub mod rate_limit;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

@@ -43,7 +43,11 @@ impl fmt::Debug for Buffers {
 
 impl Buffers {
     /// These buffers; `None` if one is not in memory.
-    pub fn new(view: &MemoryView, buffers: impl IntoIterator<Item = Buffer>, access: Permissions) -> Option<Self> {
+    pub fn new(
+        view: &MemoryView,
+        buffers: impl IntoIterator<Item = Buffer>,
+        access: Permissions,
+    ) -> Option<Self> {
         let (mut pieces, mut left) = (Vec::new(), 0_u64);
         for buffer in buffers {
             let count = usize::try_from(buffer.len).ok()?;

@@ -91,7 +91,9 @@ fn advice(error: &io::Error, readonly: bool) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT) => "check the path, or make an image with `truncate -s SIZE` or `qemu-img create`",
         Some(libc::EACCES | libc::EPERM) if readonly => "give this user the right to read it",
-        Some(libc::EACCES | libc::EPERM) => "give this user the right to read and write it, or add readonly=on",
+        Some(libc::EACCES | libc::EPERM) => {
+            "give this user the right to read and write it, or add readonly=on"
+        }
         Some(libc::EROFS) => "its file system is read-only: add readonly=on",
         Some(libc::EINVAL) => "its file system may not have O_DIRECT: leave out direct=on",
         Some(libc::EISDIR) => "name a disk image, not a directory",

@@ -27,7 +27,13 @@ pub enum Granularity {
 ///
 /// # Errors
 /// Somebody has it, or it cannot be locked.
-pub fn lock(file: &File, path: &Path, readonly: bool, granularity: Granularity, size: u64) -> Result<(), DiskError> {
+pub fn lock(
+    file: &File,
+    path: &Path,
+    readonly: bool,
+    granularity: Granularity,
+    size: u64,
+) -> Result<(), DiskError> {
     match set(file, readonly, granularity, size) {
         Ok(()) => Ok(()),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Err(DiskError::Locked {
@@ -47,8 +53,13 @@ fn set(file: &File, readonly: bool, granularity: Granularity, size: u64) -> io::
         Granularity::ByteRange => size.try_into().map_err(io::Error::other)?,
     };
     let narrow = |value: i32| libc::c_short::try_from(value).map_err(io::Error::other);
-    let lock =
-        libc::flock { l_type: narrow(kind)?, l_whence: narrow(libc::SEEK_SET)?, l_start: 0, l_len: len, l_pid: 0 };
+    let lock = libc::flock {
+        l_type: narrow(kind)?,
+        l_whence: narrow(libc::SEEK_SET)?,
+        l_start: 0,
+        l_len: len,
+        l_pid: 0,
+    };
     // SAFETY: the descriptor is open, and the structure is one that the call only reads.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -59,7 +70,8 @@ fn holder(file: &File) -> Option<String> {
     let wanted = file.metadata().ok()?;
     let own = std::process::id();
     let same = |entry: &fs::DirEntry| {
-        fs::metadata(entry.path()).is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
+        fs::metadata(entry.path())
+            .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
     };
     let mut others = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;

@@ -53,9 +53,13 @@ impl Qcow2Image {
             Some(backing) if !spec.backing_files => {
                 return Err(DiskError::Backing { path: path.into(), backing: backing.clone() });
             }
-            Some(_) => image.open_implicit_dependencies_gated(PermissiveImplicitOpenGate::default()).map_err(broken)?,
+            Some(_) => image
+                .open_implicit_dependencies_gated(PermissiveImplicitOpenGate::default())
+                .map_err(broken)?,
             // Nothing is to be opened; if that is not so, nothing is.
-            None => image.open_implicit_dependencies_gated(DenyImplicitOpenGate::default()).map_err(broken)?,
+            None => {
+                image.open_implicit_dependencies_gated(DenyImplicitOpenGate::default()).map_err(broken)?
+            }
         }
         let image = FormatAccess::new(image);
         let size = AtomicU64::new(image.size());
@@ -129,7 +133,11 @@ impl Qcow2Image {
     /// # Errors
     /// Of the host, and if the image is broken.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        if unmap { self.alone().discard_to_zero(offset, len) } else { self.shared().write_zeroes(offset, len) }
+        if unmap {
+            self.alone().discard_to_zero(offset, len)
+        } else {
+            self.shared().write_zeroes(offset, len)
+        }
     }
 
     /// See [`super::Image::resize`].

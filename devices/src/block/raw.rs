@@ -108,7 +108,9 @@ impl RawImage {
             Some((_, alignment)) if !(offset | buffers.left()).is_multiple_of(alignment.offset) => {
                 Way::Straight(self.file.as_raw_fd())
             }
-            Some((file, alignment)) if buffers.are_aligned(alignment.memory) => Way::Straight(file.as_raw_fd()),
+            Some((file, alignment)) if buffers.are_aligned(alignment.memory) => {
+                Way::Straight(file.as_raw_fd())
+            }
             Some(_) => Way::Bounce,
         }
     }
@@ -183,11 +185,8 @@ impl RawImage {
     /// # Errors
     /// Of the host.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let result = if self.is_device {
-            self.device_range(BLKDISCARD, offset, len)
-        } else {
-            self.punch(offset, len)
-        };
+        let result =
+            if self.is_device { self.device_range(BLKDISCARD, offset, len) } else { self.punch(offset, len) };
         match result {
             // A host that cannot give room back keeps it: a discard is only a hint.
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),

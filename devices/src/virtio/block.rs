@@ -18,8 +18,8 @@ use self::worker::QueueTask;
 use super::device::{Activation, Active, DeviceError, DeviceType, F_RINGS, Interrupt, Saved, VirtioDevice};
 use super::worker::{Worker, Workers};
 use crate::block::counters::Counters;
-use crate::block::limit::Limiter;
 use crate::block::{Disk, Image, SECTOR};
+use crate::rate_limit::Limiter;
 
 /// VIRTIO_BLK_F_SIZE_MAX and those that follow: section 5.2.3.
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -137,7 +137,8 @@ impl Shared {
         complaints.last = Some(now);
         let others = std::mem::take(&mut complaints.kept_quiet);
         drop(complaints);
-        let others = if others == 0 { String::new() } else { format!(" ({others} more since the last such line)") };
+        let others =
+            if others == 0 { String::new() } else { format!(" ({others} more since the last such line)") };
         warn!(
             "disk {} ({}): {what} failed, and the guest is told so: {error}{others}; look at the host's file system and its storage",
             self.name,
@@ -149,7 +150,8 @@ impl Shared {
 impl Block {
     /// A device called `name` for this disk.
     pub fn new(name: &str, disk: Disk, options: BlockOptions) -> Self {
-        let mut features = F_RINGS | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE;
+        let mut features =
+            F_RINGS | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE;
         if disk.readonly {
             features |= F_RO;
         } else {
@@ -187,7 +189,11 @@ impl Block {
         if !size.is_multiple_of(SECTOR) {
             return Err(ResizeError::Sectors { name: name(), size });
         }
-        self.shared.disk.image.resize(size).map_err(|source| ResizeError::Host { name: name(), size, source })?;
+        self.shared.disk.image.resize(size).map_err(|source| ResizeError::Host {
+            name: name(),
+            size,
+            source,
+        })?;
         info!("disk {} has {size} bytes now", self.shared.name);
         let interrupt = self.shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(interrupt) = interrupt.as_ref().and_then(Weak::upgrade) {
@@ -242,7 +248,8 @@ impl VirtioDevice for Block {
         if !activation.has(F_CONFIG_WCE) {
             shared.writeback.store(true, Ordering::Relaxed);
         }
-        *shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(&activation.interrupt));
+        *shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::downgrade(&activation.interrupt));
         let by_uring = !self.options.disable_io_uring && matches!(shared.disk.image, Image::Raw(_));
         let mut workers = Vec::new();
         for queue in activation.queues {

@@ -80,9 +80,15 @@ impl Request {
         reader.read_exact(&mut header).map_err(DeviceError::host("reading a request"))?;
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
-        let limits = Limits { sectors: shared.sectors(), readonly: shared.disk.readonly, protected: shared.disk.protected };
+        let limits = Limits {
+            sectors: shared.sectors(),
+            readonly: shared.disk.readonly,
+            protected: shared.disk.protected,
+        };
         let request = match u32::from_le_bytes([t0, t1, t2, t3]) {
-            T_IN => limits.access(sector, chain.writable_len() - 1).map(|(offset, len)| Self::Read(offset, len)),
+            T_IN => {
+                limits.access(sector, chain.writable_len() - 1).map(|(offset, len)| Self::Read(offset, len))
+            }
             T_OUT => limits
                 .access(sector, chain.readable_len() - HEADER_LEN)
                 .and_then(|range| limits.write(range))

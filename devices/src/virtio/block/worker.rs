@@ -258,8 +258,11 @@ impl Desk<'_> {
     /// Whether the limits let a request through now. If not, the timer is set.
     fn may_begin(&self, request: &Request) -> bool {
         let (Some(limiter), Some(timer)) = (&self.shared.limiter, self.timer) else { return true };
-        match limiter.take(request.bytes(), Instant::now()) {
-            Ok(()) => true,
+        match limiter.ready(Instant::now()) {
+            Ok(()) => {
+                limiter.pay(request.bytes(), 1);
+                true
+            }
             Err(wait) => match set_timer(timer, wait) {
                 Ok(()) => false,
                 Err(e) => {
