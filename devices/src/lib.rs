@@ -3,6 +3,7 @@
 //!
 //! `vmm` creates them and puts them on its buses; nothing here knows KVM.
 
+pub mod block;
 pub mod emulated;
 pub mod event_device;
 pub mod i8042;
@@ -11,6 +12,7 @@ pub mod pm1;
 pub mod pm_timer;
 pub mod processors;
 pub mod pvpanic;
+pub mod rate_limit;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

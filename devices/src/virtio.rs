@@ -11,6 +11,7 @@
 //! more than that.
 
 pub mod balloon;
+pub mod block;
 pub mod chain;
 pub mod device;
 pub mod discard;

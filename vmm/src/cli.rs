@@ -13,8 +13,9 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, Endpoint, MemoryConfig,
-    MemoryZoneConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
+    MemoryConfig, MemoryZoneConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
+    RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -31,7 +32,6 @@ const NOT_YET: &[&str] = &[
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "disk",
     "fs",
     "fw-cfg-config",
     "gdb",
@@ -45,7 +45,6 @@ const NOT_YET: &[&str] = &[
     "pci-segment",
     "pmem",
     "pvmemcontrol",
-    "rate-limit-group",
     "restore",
     "rtc",
     "tpm",
@@ -133,6 +132,15 @@ struct Run {
     /// A device by which the guest's kernel says that it has panicked; it becomes an event
     #[arg(long)]
     pvpanic: bool,
+    /// Disk: path=FILE,readonly=off,direct=off,image_type=raw|qcow2,num_queues=1,queue_size=128,serial=,id=,rate_limit_group=,
+    /// bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,backing_files=off,sparse=on,lock_granularity=byte-range|full
+    /// and more. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    disk: Vec<String>,
+    /// Rate limit that several disks share: id=,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS and bursts.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    rate_limit_group: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -391,6 +399,15 @@ fn with_refused(command: clap::Command) -> clap::Command {
     })
 }
 
+/// The values of an option that can be given several times.
+fn some<T>(
+    values: &[String],
+    parse: impl Fn(&str) -> Result<T, OptionError>,
+) -> Result<Option<Vec<T>>, OptionError> {
+    let all: Vec<T> = values.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
+    Ok((!all.is_empty()).then_some(all))
+}
+
 /// Help and version are answers; everything else is made one line.
 fn usage(error: &clap::Error) -> Result<Action, CliError> {
     let text = error.render().to_string();
@@ -458,6 +475,8 @@ impl Run {
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
             watchdog: self.watchdog,
+            rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
+            disks: some(&self.disk, DiskConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -478,6 +497,8 @@ impl Run {
             ("--rng", self.rng.is_some()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
+            ("--disk", !self.disk.is_empty()),
+            ("--rate-limit-group", !self.rate_limit_group.is_empty()),
             ("--device", !self.device.is_empty()),
             ("--debug-console", self.debug_console != "off"),
             ("--pvpanic", self.pvpanic),

@@ -12,6 +12,7 @@ mod absent;
 mod balloon;
 mod cpus;
 mod debug_console;
+mod disk;
 mod endpoint;
 mod memory;
 mod numa;
@@ -19,6 +20,7 @@ pub mod option_parser;
 mod parse;
 mod payload;
 pub mod pci_common;
+mod rate_limit;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,7 @@ pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
 pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
+pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
 pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
@@ -56,6 +59,12 @@ pub struct VmConfig {
     /// The paravirtual console.
     #[serde(default = "ConsoleConfig::off")]
     pub console: ConsoleConfig,
+    /// Limits that several disks share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
+    /// Disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,

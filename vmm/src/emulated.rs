@@ -3,8 +3,10 @@
 //! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
+use std::rc::Rc;
 use std::sync::Arc;
 
+use devices::block::DiskError;
 use devices::emulated::EmulatedFunction;
 use devices::pvpanic::PvPanic;
 use devices::virtio::balloon::Balloon;
@@ -18,6 +20,7 @@ use pci::bar::BarError;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::disks::{DiskUnit, Groups, make_disk};
 use crate::panic_events::PanicTeller;
 
 /// A device that cannot be made.
@@ -29,6 +32,9 @@ pub enum EmulatedError {
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -46,6 +52,8 @@ pub enum Model {
     Virtio(Arc<dyn VirtioDevice>),
     /// The panic device: a new one in each machine.
     PvPanic,
+    /// A disk, which can be given another size.
+    Disk(Arc<DiskUnit>),
 }
 
 /// One device, whatever machine it is in.
@@ -68,6 +76,7 @@ impl Unit {
         match &self.model {
             Model::Virtio(device) => device.resize(size),
             Model::PvPanic => Err("it has no size".to_owned()),
+            Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
         }
     }
 
@@ -80,25 +89,25 @@ impl Unit {
         devfn: DevFn,
         around: &Surroundings,
     ) -> Result<Arc<dyn EmulatedFunction>, EmulatedError> {
-        match &self.model {
+        let device: Arc<dyn VirtioDevice> = match &self.model {
             Model::PvPanic => {
                 let sink = Arc::new(PanicTeller(around.events.clone()));
-                Ok(PvPanic::new(&self.id, devfn, Arc::clone(&around.windows.mmio32), sink)?)
+                return Ok(PvPanic::new(&self.id, devfn, Arc::clone(&around.windows.mmio32), sink)?);
             }
-            Model::Virtio(device) => {
-                let spec = VirtioPciSpec {
-                    name: self.id.clone(),
-                    device: Arc::clone(device),
-                    devfn,
-                    memory: around.memory.clone(),
-                    window: Arc::clone(&around.windows.mmio64),
-                    msi: message_vectors(around),
-                    doorbells: Arc::clone(&around.doorbells),
-                };
-                let wrong = |source| EmulatedError::Virtio { id: self.id.clone(), source };
-                Ok(VirtioPci::new(spec).map_err(wrong)?)
-            }
-        }
+            Model::Virtio(device) => Arc::clone(device),
+            Model::Disk(disk) => Arc::clone(&disk.block) as _,
+        };
+        let spec = VirtioPciSpec {
+            name: self.id.clone(),
+            device,
+            devfn,
+            memory: around.memory.clone(),
+            window: Arc::clone(&around.windows.mmio64),
+            msi: message_vectors(around),
+            doorbells: Arc::clone(&around.doorbells),
+        };
+        let wrong = |source| EmulatedError::Virtio { id: self.id.clone(), source };
+        Ok(VirtioPci::new(spec).map_err(wrong)?)
     }
 }
 
@@ -115,8 +124,14 @@ pub struct Shared {
 type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
-fn plan<'a>(config: &'a VmConfig, shared: &'a Shared) -> Vec<Make<'a>> {
-    let mut plan: Vec<Make<'a>> = vec![Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?)))];
+fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<Make<'a>> {
+    let mut plan: Vec<Make<'a>> = Vec::new();
+    let groups = Rc::new(Groups::new(config, present));
+    for disk in config.disks.iter().flatten() {
+        let groups = Rc::clone(&groups);
+        plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+    }
+    plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
     if let Some(balloon) = &config.balloon {
         plan.push(Box::new(|id| {
             let discarder = Arc::clone(&shared.discarder);
@@ -143,7 +158,7 @@ fn virtio(device: impl VirtioDevice + 'static) -> Model {
 pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Result<Vec<Unit>, EmulatedError> {
     let mut copy = config.clone();
     let names = copy.emulated_mut();
-    let new = names.into_iter().zip(plan(config, shared)).filter_map(|((_, pci), make)| {
+    let new = names.into_iter().zip(plan(config, present, shared)).filter_map(|((_, pci), make)| {
         let id = pci.id.clone()?;
         let is_new = !present.iter().any(|unit| unit.id == id);
         is_new.then_some((id, pci.pci_device_id, make))

@@ -55,6 +55,9 @@ pub enum VmError {
     /// A number of vCPUs that the machine cannot have, or not now.
     #[error("the number of vCPUs stays as it is")]
     Vcpus(#[from] ResizeError),
+    /// A disk that cannot have another size.
+    #[error(transparent)]
+    ResizeDisk(#[from] devices::virtio::block::ResizeError),
     /// What Cloud Hypervisor has and Dormouse does not.
     #[error("{what} is not in Dormouse yet; see docs/compatibility.md")]
     NotYet {

@@ -48,18 +48,19 @@ impl PciCommon {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultName {
     /// This and a number.
-    #[expect(dead_code, reason = "so far there is one of each")]
     Numbered(&'static str),
     /// This: there is only one.
     Only(&'static str),
 }
 
-use DefaultName::Only;
+use DefaultName::{Numbered, Only};
 
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
-        let mut devices = vec![(Only("__rng"), &mut self.rng.pci)];
+        let mut devices = Vec::new();
+        devices.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
+        devices.push((Only("__rng"), &mut self.rng.pci));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
             devices.push((Only("__watchdog"), &mut self.watchdog_pci));
@@ -70,13 +71,19 @@ impl VmConfig {
         devices
     }
 
-    /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
+    /// Takes out a device of those of [`Self::emulated_mut`]; whether there was one of that name.
     pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        fn remove<T>(list: &mut Option<Vec<T>>, id: &str, pci: impl Fn(&T) -> &PciCommon) -> bool {
+            let Some(list) = list else { return false };
+            let before = list.len();
+            list.retain(|device| pci(device).id.as_deref() != Some(id));
+            list.len() < before
+        }
         match id {
             "__balloon" => self.balloon.take().is_some(),
             "__watchdog" => std::mem::take(&mut self.watchdog),
             "__pvpanic" => std::mem::take(&mut self.pvpanic),
-            _ => false,
+            _ => remove(&mut self.disks, id, |disk| &disk.pci),
         }
     }
 
@@ -93,9 +100,9 @@ impl VmConfig {
         }
         for (default, pci) in self.emulated_mut() {
             match default {
-                DefaultName::Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
+                Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
                 Only(name) => pci.id = Some(name.to_owned()),
-                DefaultName::Numbered(_) => {}
+                Numbered(_) => {}
             }
         }
     }
