@@ -4,6 +4,7 @@
 
 pub mod event_device;
 pub mod i8042;
+pub mod net;
 pub mod pm1;
 pub mod reset;
 pub mod rtc;
