@@ -1,4 +1,5 @@
-//! The devices of the machine: platform devices that every guest has, and assigned (VFIO) PCI functions.
+//! The devices of the machine: platform devices that every guest has, assigned (VFIO) PCI functions, and
+//! paravirtual (virtio) ones.
 //!
 //! `vmm` creates them and puts them on its buses; nothing here knows KVM.
 
@@ -10,3 +11,4 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod vfio;
+pub mod virtio;
