@@ -207,9 +207,10 @@ impl<'a> Builder<'a> {
                 return Err(RingError::Index { index, size });
             }
             let address = table.wrapping_add(u64::from(index) * DESCRIPTOR_LEN);
-            let descriptor: Descriptor = self.memory.read_obj(GuestAddress(address)).map_err(|_| {
-                RingError::Outside { what: "descriptor", address, len: DESCRIPTOR_LEN }
-            })?;
+            let descriptor: Descriptor = self
+                .memory
+                .read_obj(GuestAddress(address))
+                .map_err(|_| RingError::Outside { what: "descriptor", address, len: DESCRIPTOR_LEN })?;
             if descriptor.refers_to_indirect_table() {
                 if !indirect || descriptor.has_next() {
                     return Err(RingError::Indirect(descriptor.len()));

@@ -37,8 +37,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::capabilities::{Capabilities, Window};
 use self::common::{CommonRegisters, Effect};
-pub use self::doorbells::{Doorbell, DoorbellMapper};
 use self::doorbells::Doorbells;
+pub use self::doorbells::{Doorbell, DoorbellMapper};
 use self::interrupts::PciInterrupts;
 use super::Memory;
 use super::device::{Activation, Active, DeviceError, DeviceType, F_VERSION_1, Saved, VirtioDevice};

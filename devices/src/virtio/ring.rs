@@ -176,10 +176,11 @@ pub(super) fn load_u16(
     address: u64,
     order: Ordering,
 ) -> Result<u16, RingError> {
-    memory
-        .load(GuestAddress(address), order)
-        .map(u16::from_le)
-        .map_err(|_| RingError::Outside { what, address, len: 2 })
+    memory.load(GuestAddress(address), order).map(u16::from_le).map_err(|_| RingError::Outside {
+        what,
+        address,
+        len: 2,
+    })
 }
 
 /// Sets the 16 bits at `address`.
@@ -190,9 +191,11 @@ pub(super) fn store_u16(
     value: u16,
     order: Ordering,
 ) -> Result<(), RingError> {
-    memory
-        .store(value.to_le(), GuestAddress(address), order)
-        .map_err(|_| RingError::Outside { what, address, len: 2 })
+    memory.store(value.to_le(), GuestAddress(address), order).map_err(|_| RingError::Outside {
+        what,
+        address,
+        len: 2,
+    })
 }
 
 /// Which chains the device has.

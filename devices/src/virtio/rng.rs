@@ -86,12 +86,7 @@ impl Handler for Filler {
     }
 }
 
-fn fill(
-    mut source: &File,
-    bytes: &mut [u8],
-    view: &MemoryView,
-    chain: Chain,
-) -> Result<Served, DeviceError> {
+fn fill(mut source: &File, bytes: &mut [u8], view: &MemoryView, chain: Chain) -> Result<Served, DeviceError> {
     let wanted = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(bytes.len());
     let count = match source.read(&mut bytes[..wanted]) {
         Ok(count) => count,

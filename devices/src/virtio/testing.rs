@@ -136,7 +136,8 @@ impl DriverQueue {
     pub fn add(&mut self, parts: &[Part]) -> u16 {
         assert!(!parts.is_empty() && parts.len() <= self.free.len(), "no descriptors left");
         let taken = self.free.split_off(self.free.len() - parts.len());
-        let id = if self.features.packed { self.add_packed(parts, &taken) } else { self.add_split(parts, &taken) };
+        let id =
+            if self.features.packed { self.add_packed(parts, &taken) } else { self.add_split(parts, &taken) };
         self.chains[usize::from(id)] = taken;
         id
     }
@@ -189,7 +190,12 @@ impl DriverQueue {
             let turn = if self.wrap { AVAIL } else { USED };
             let flags = turn | if part.2 { WRITE } else { 0 } | if last { 0 } else { NEXT };
             // The first one's flags come last, with all behind it in place.
-            let shown = if at == 0 { (first_flags, _) = (flags, ()); flags ^ (AVAIL | USED) } else { flags };
+            let shown = if at == 0 {
+                (first_flags, _) = (flags, ());
+                flags ^ (AVAIL | USED)
+            } else {
+                flags
+            };
             self.write_descriptor(self.next, *part, [id, shown]);
             self.next += 1;
             if self.next == self.layout.size {
@@ -270,7 +276,8 @@ pub fn activation(
     interrupts: &Arc<Interrupts>,
 ) -> Activation {
     let interrupt = Arc::clone(interrupts) as Arc<dyn Interrupt>;
-    let queues = (0..).zip(queues).map(|(index, queue)| queue.device_side(index, Arc::clone(&interrupt)).unwrap());
+    let queues =
+        (0..).zip(queues).map(|(index, queue)| queue.device_side(index, Arc::clone(&interrupt)).unwrap());
     Activation { memory: memory.clone(), queues: queues.collect(), features, interrupt }
 }
 

@@ -65,7 +65,13 @@ impl Debug for Watch {
 }
 
 impl Watch {
-    fn control(&self, operation: ControlOperation, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+    fn control(
+        &self,
+        operation: ControlOperation,
+        fd: RawFd,
+        events: EventSet,
+        token: u64,
+    ) -> io::Result<()> {
         self.0.ctl(operation, fd, EpollEvent::new(events, token))
     }
 
@@ -152,7 +158,8 @@ impl Worker {
         handler: Box<dyn Handler>,
         interrupt: Arc<dyn Interrupt>,
     ) -> Result<Self, DeviceError> {
-        let failed = |source| DeviceError::Host { what: "the device's thread cannot be started".into(), source };
+        let failed =
+            |source| DeviceError::Host { what: "the device's thread cannot be started".into(), source };
         let shared = Arc::new(Shared {
             orders: Mutex::new(Orders { mode: Mode::Run, parked: false, ended: false }),
             changed: Condvar::new(),

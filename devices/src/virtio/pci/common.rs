@@ -220,7 +220,9 @@ impl CommonRegisters {
         }
         if self.status & FEATURES_OK == 0 {
             self.status &= !DRIVER_OK;
-            return Effect::Violation("the driver says that it is ready before it has settled features".to_owned());
+            return Effect::Violation(
+                "the driver says that it is ready before it has settled features".to_owned(),
+            );
         }
         if stopped { Effect::None } else { Effect::Activate }
     }

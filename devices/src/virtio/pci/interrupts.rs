@@ -144,7 +144,8 @@ impl Interrupt for PciInterrupts {
     }
 
     fn queue_event(&self, index: u16) -> io::Result<EventFd> {
-        let vector = self.queue_vectors.get(usize::from(index)).map_or(NO_VECTOR, |v| v.load(Ordering::Acquire));
+        let vector =
+            self.queue_vectors.get(usize::from(index)).map_or(NO_VECTOR, |v| v.load(Ordering::Acquire));
         let mut msix = self.msix();
         if vector != NO_VECTOR {
             msix.reserve(vector);
