@@ -3,6 +3,7 @@
 //!
 //! `vmm` creates them and puts them on its buses; nothing here knows KVM.
 
+pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod net;

@@ -21,6 +21,7 @@ mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
+mod virtio;
 
 use crate::error::Result;
 use crate::runner::{Case, Scenario};
@@ -57,6 +58,7 @@ pub fn all() -> Vec<Scenario> {
         faults::table(),
         api::table(),
         tables::table(),
+        virtio::table(),
     ]
     .concat()
 }

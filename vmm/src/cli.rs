@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::config::{
     ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
-    PlatformConfig, VmConfig,
+    PlatformConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -52,7 +52,6 @@ const NOT_YET: &[&str] = &[
     "pvpanic",
     "rate-limit-group",
     "restore",
-    "rng",
     "rtc",
     "tpm",
     "user-device",
@@ -125,6 +124,9 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Source of the guest's random numbers: src=/dev/urandom
+    #[arg(long, value_name = "KEYS")]
+    rng: Option<String>,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -432,6 +434,7 @@ impl Run {
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
             console: ConsoleConfig::parse("--console", &self.console)?,
+            rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -447,6 +450,7 @@ impl Run {
             ("--cpus", self.cpus.is_some()),
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
+            ("--rng", self.rng.is_some()),
             ("--device", !self.device.is_empty()),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)

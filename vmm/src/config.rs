@@ -12,13 +12,16 @@ mod absent;
 mod endpoint;
 pub mod option_parser;
 mod parse;
+pub mod pci_common;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use absent::{AbsentSettings, DebugConsoleConfig};
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
+pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
 

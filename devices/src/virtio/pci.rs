@@ -44,6 +44,7 @@ use super::Memory;
 use super::device::{Activation, Active, DeviceError, DeviceType, F_VERSION_1, Saved, VirtioDevice};
 use super::queue::{ActiveQueue, Ring};
 use super::ring::{RingPosition, SharedPosition};
+use crate::emulated::EmulatedFunction;
 
 /// The one BAR.
 const BAR: BarIndex = 0;
@@ -195,58 +196,9 @@ impl VirtioPci {
         }))
     }
 
-    /// What the operator calls it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// The device.
     pub fn device(&self) -> &Arc<dyn VirtioDevice> {
         &self.device
-    }
-
-    /// Its place on its bus.
-    pub fn devfn(&self) -> DevFn {
-        self.devfn
-    }
-
-    /// What its BARs need.
-    pub fn needs(&self) -> FunctionNeeds {
-        FunctionNeeds::of(self.devfn, &self.lock().bars)
-    }
-
-    /// Its BARs as the guest has placed them.
-    pub fn bars(&self) -> Vec<Bar> {
-        self.lock().bars.iter().collect()
-    }
-
-    /// Quiesces the device. Until [`Self::resume`] it begins nothing.
-    pub fn pause(&self) {
-        let mut inner = self.lock();
-        inner.paused = true;
-        if let Some(active) = &inner.active {
-            active.pause();
-        }
-    }
-
-    /// Undoes [`Self::pause`].
-    pub fn resume(&self) {
-        let mut inner = self.lock();
-        inner.paused = false;
-        if let Some(active) = &inner.active {
-            active.resume();
-        }
-    }
-
-    /// Stops the device for good, and returns when it has stopped. The guest finds it gone.
-    pub fn shutdown(&self) {
-        let (active, placement) = {
-            let mut inner = self.lock();
-            inner.doorbells.disconnect();
-            (inner.active.take(), inner.placement.take())
-        };
-        drop(active);
-        drop(placement);
     }
 
     /// What of the device itself must go on elsewhere as it is here.
@@ -485,6 +437,58 @@ impl PciFunction for VirtioPci {
         if inner.placement.is_some() {
             self.bar_write_locked(&mut inner, offset, data);
         }
+    }
+}
+
+impl EmulatedFunction for VirtioPci {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn devfn(&self) -> DevFn {
+        self.devfn
+    }
+
+    fn needs(&self) -> FunctionNeeds {
+        FunctionNeeds::of(self.devfn, &self.lock().bars)
+    }
+
+    fn bars(&self) -> Vec<Bar> {
+        self.lock().bars.iter().collect()
+    }
+
+    fn pause(&self) {
+        let mut inner = self.lock();
+        inner.paused = true;
+        if let Some(active) = &inner.active {
+            active.pause();
+        }
+    }
+
+    fn resume(&self) {
+        let mut inner = self.lock();
+        inner.paused = false;
+        if let Some(active) = &inner.active {
+            active.resume();
+        }
+    }
+
+    fn shutdown(&self) {
+        let (active, placement) = {
+            let mut inner = self.lock();
+            inner.doorbells.disconnect();
+            (inner.active.take(), inner.placement.take())
+        };
+        drop(active);
+        drop(placement);
+    }
+
+    fn memory_changed(&self) {
+        self.device.memory_changed();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.device.counters()
     }
 }
 

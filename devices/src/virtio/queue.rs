@@ -246,3 +246,6 @@ impl ActiveQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

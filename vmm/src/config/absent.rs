@@ -66,23 +66,6 @@ fn is_unused(value: &Value) -> bool {
     }
 }
 
-/// Where the guest's random numbers come from. Every Cloud Hypervisor machine has such a device, so every client can name a source; the
-/// device itself is not there yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RngConfig {
-    /// The source.
-    pub src: String,
-    /// Whether the device is behind the virtual IOMMU.
-    #[serde(default, skip_serializing_if = "super::is_false")]
-    pub iommu: bool,
-}
-
-impl Default for RngConfig {
-    fn default() -> Self {
-        Self { src: "/dev/urandom".to_owned(), iommu: false }
-    }
-}
-
 /// The debug console; its modes other than `Off` are not there yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DebugConsoleConfig {

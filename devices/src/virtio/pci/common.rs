@@ -25,7 +25,7 @@ pub const NEEDS_RESET: u8 = 64;
 pub const FAILED: u8 = 128;
 
 /// Length of the registers.
-const LEN: u64 = 64;
+const LEN: usize = 64;
 
 /// What a write asks for beyond the registers themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,14 +139,14 @@ impl CommonRegisters {
 
     /// The driver's read. `stopped`: the device has.
     pub fn read(&self, offset: u64, data: &mut [u8], generation: u8, stopped: bool) {
-        let mut image = [0; LEN as usize];
+        let mut image = [0; LEN];
         self.image(&mut image, generation, stopped);
         data.fill(0);
-        let from = usize::try_from(offset.min(LEN)).unwrap_or(usize::MAX);
+        let from = usize::try_from(offset).unwrap_or(LEN);
         image.iter().skip(from).zip(data).for_each(|(value, byte)| *byte = *value);
     }
 
-    fn image(&self, image: &mut [u8; LEN as usize], generation: u8, stopped: bool) {
+    fn image(&self, image: &mut [u8; LEN], generation: u8, stopped: bool) {
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.device_select.to_le_bytes());
         put(4, &half(self.offered, self.device_select).to_le_bytes());
