@@ -8,7 +8,7 @@ mod error;
 mod tests;
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -27,6 +27,8 @@ use super::ioctl::{self, InterfaceRequest, NAME_LEN};
 pub const HEADER_LEN: usize = 12;
 /// Most files that the kernel gives one tap (`MAX_TAP_QUEUES`).
 pub const MAX_PAIRS: u16 = 256;
+/// More packets than a tap keeps for its reader (`txqueuelen`).
+const WAITING_MAX: usize = 4096;
 /// What a tap is called that is given no name; the kernel finds the number.
 const NEW_NAME: &str = "vmtap%d";
 /// Where taps are made.
@@ -214,6 +216,22 @@ impl Tap {
         self.mtu
     }
 
+    /// What the host's kernel has counted: bytes and packets to the guest, then from it. Zero for a tap of another namespace.
+    pub fn statistics(&self) -> [u64; 4] {
+        // What the interface sends, the guest receives.
+        ["tx_bytes", "tx_packets", "rx_bytes", "rx_packets"].map(|name| {
+            let text = std::fs::read_to_string(format!("/sys/class/net/{}/statistics/{name}", self.name));
+            text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        })
+    }
+
+    /// Over files that are no tap's: what is read from one is a packet with its header, and so is what is written.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn over_files(files: Vec<File>) -> Self {
+        let files = files.into_iter().map(Arc::new).collect();
+        Self { name: "none".to_owned(), files, mac: [0; 6], mtu: Some(1500), multi_queue: false }
+    }
+
     /// One file for each pair of queues.
     pub fn files(&self) -> &[Arc<File>] {
         &self.files
@@ -236,6 +254,18 @@ impl Tap {
             }
         }
         Ok(())
+    }
+
+    /// Drops the packets that are waiting: what came before there was a driver is of no use to it.
+    pub fn drop_waiting(&self) {
+        for mut file in self.files.iter().map(Arc::as_ref) {
+            // A packet is gone with the first byte of it that is read.
+            for _ in 0..WAITING_MAX {
+                if file.read(&mut [0]).is_err() {
+                    break;
+                }
+            }
+        }
     }
 
     /// Has the host send packets to the first `pairs` files only.

@@ -1,6 +1,6 @@
 //! Tests with real taps, in a network namespace of their own; they need root and `/dev/net/tun`, and are skipped by name without.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::process::Command;
 
 use super::*;
