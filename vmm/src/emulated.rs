@@ -6,9 +6,12 @@
 use std::sync::Arc;
 
 use devices::emulated::EmulatedFunction;
+use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
+use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
+use devices::virtio::watchdog::{CurrentMachine, Watchdog};
 use pci::DevFn;
 
 use crate::assigned::{Surroundings, message_vectors};
@@ -49,6 +52,16 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// Gives it another size.
+    ///
+    /// # Errors
+    /// It cannot have that size, and why.
+    pub fn resize(&self, size: u64) -> Result<(), String> {
+        match &self.model {
+            Model::Virtio(device) => device.resize(size),
+        }
+    }
+
     /// Makes the function for a machine, at `devfn` on bus 0.
     ///
     /// # Errors
@@ -76,22 +89,45 @@ impl Unit {
     }
 }
 
+/// What devices share, whatever machine they are in.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// Gives memory back to the host.
+    pub discarder: Arc<Discarder>,
+    /// The machine that there is now.
+    pub machine: Arc<CurrentMachine>,
+}
+
 /// Makes one device when it is its turn.
 type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
-fn plan(config: &VmConfig) -> Vec<Make<'_>> {
-    vec![Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?))))]
+fn plan<'a>(config: &'a VmConfig, shared: &'a Shared) -> Vec<Make<'a>> {
+    let mut plan: Vec<Make<'a>> = vec![Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?)))];
+    if let Some(balloon) = &config.balloon {
+        plan.push(Box::new(|id| {
+            let discarder = Arc::clone(&shared.discarder);
+            Ok(virtio(Balloon::new(id, balloon.size, balloon.options(), discarder)))
+        }));
+    }
+    if config.watchdog {
+        plan.push(Box::new(|id| Ok(virtio(Watchdog::new(id, Arc::clone(&shared.machine))))));
+    }
+    plan
+}
+
+fn virtio(device: impl VirtioDevice + 'static) -> Model {
+    Model::Virtio(Arc::new(device))
 }
 
 /// Makes all devices of the configuration whose names are not in `present`. All must have names.
 ///
 /// # Errors
 /// The first one that cannot be made; those before it are closed again.
-pub fn make_units(config: &VmConfig, present: &[Unit]) -> Result<Vec<Unit>, EmulatedError> {
+pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Result<Vec<Unit>, EmulatedError> {
     let mut copy = config.clone();
     let names = copy.emulated_mut();
-    let new = names.into_iter().zip(plan(config)).filter_map(|((_, pci), make)| {
+    let new = names.into_iter().zip(plan(config, shared)).filter_map(|((_, pci), make)| {
         let id = pci.id.clone()?;
         let is_new = !present.iter().any(|unit| unit.id == id);
         is_new.then_some((id, pci.pci_device_id, make))

@@ -59,7 +59,12 @@ use DefaultName::Only;
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
-        vec![(Only("__rng"), &mut self.rng.pci)]
+        let mut devices = vec![(Only("__rng"), &mut self.rng.pci)];
+        devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
+        if self.watchdog {
+            devices.push((Only("__watchdog"), &mut self.watchdog_pci));
+        }
+        devices
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
