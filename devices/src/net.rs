@@ -16,7 +16,7 @@ mod shared;
 pub mod tap;
 mod transmit;
 mod vectors;
-mod vhost;
+pub mod vhost;
 
 use std::io;
 

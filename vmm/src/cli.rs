@@ -13,7 +13,7 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError,
+    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, NetConfig, OptionError,
     PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
@@ -43,7 +43,6 @@ const NOT_YET: &[&str] = &[
     "landlock",
     "landlock-rules",
     "memory-zone",
-    "net",
     "numa",
     "pci-segment",
     "pmem",
@@ -122,6 +121,11 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Network device: tap=NAME or fd=[N,..],mac=,ip=,mask=,host_mac=,mtu=,num_queues=2,queue_size=256,offload_tso=on,
+    /// offload_ufo=on,offload_csum=on,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,vhost=off|on|auto,id=
+    /// and more. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    net: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -380,6 +384,15 @@ fn with_refused(command: clap::Command) -> clap::Command {
     })
 }
 
+/// The values of an option that can be given several times.
+fn some<T>(
+    values: &[String],
+    parse: impl Fn(&str) -> Result<T, OptionError>,
+) -> Result<Option<Vec<T>>, OptionError> {
+    let all: Vec<T> = values.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
+    Ok((!all.is_empty()).then_some(all))
+}
+
 /// Help and version are answers; everything else is made one line.
 fn usage(error: &clap::Error) -> Result<Action, CliError> {
     let text = error.render().to_string();
@@ -441,6 +454,7 @@ impl Run {
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
             watchdog: self.watchdog,
+            net: some(&self.net, NetConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -457,6 +471,7 @@ impl Run {
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
+            ("--net", !self.net.is_empty()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--device", !self.device.is_empty()),

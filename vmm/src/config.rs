@@ -10,10 +10,13 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod balloon;
+mod descriptors;
 mod endpoint;
+mod net;
 pub mod option_parser;
 mod parse;
 pub mod pci_common;
+mod rate_limit;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -21,7 +24,9 @@ mod validate;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
 pub use balloon::BalloonConfig;
+pub use descriptors::Descriptors;
 pub use endpoint::Endpoint;
+pub use net::{NetConfig, NetError, VhostChoice};
 pub use option_parser::OptionError;
 pub use pci_common::PciCommon;
 pub use rng::RngConfig;
@@ -46,6 +51,9 @@ pub struct VmConfig {
     /// The paravirtual console.
     #[serde(default = "ConsoleConfig::off")]
     pub console: ConsoleConfig,
+    /// Network devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,

@@ -16,6 +16,7 @@ use pci::DevFn;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::nets::{NetUnitError, make_net};
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,9 @@ pub enum EmulatedError {
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetUnitError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -104,6 +108,9 @@ type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
 fn plan<'a>(config: &'a VmConfig, shared: &'a Shared) -> Vec<Make<'a>> {
     let mut plan: Vec<Make<'a>> = vec![Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?)))];
+    for net in config.net.iter().flatten() {
+        plan.push(Box::new(move |id| Ok(virtio(make_net(id, net)?))));
+    }
     if let Some(balloon) = &config.balloon {
         plan.push(Box::new(|id| {
             let discarder = Arc::clone(&shared.discarder);

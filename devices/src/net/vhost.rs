@@ -72,7 +72,7 @@ impl Vhost {
     }
 
     /// What of `features` can be offered.
-    pub fn restrict(&self, features: u64) -> u64 {
+    pub(super) fn restrict(&self, features: u64) -> u64 {
         features & (self.features | !KERNELS)
     }
 
@@ -80,7 +80,7 @@ impl Vhost {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn activate(
+    pub(super) fn activate(
         &self,
         queues: Vec<(u16, ActiveQueue, ActiveQueue)>,
         mut control: Control,
@@ -104,7 +104,7 @@ impl Vhost {
     }
 
     /// Guest memory is another than before.
-    pub fn memory_changed(&self) {
+    pub(super) fn memory_changed(&self) {
         let active = self.active.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         if let Some(pairs) = active {
             for pair in &lock(&pairs).pairs {

@@ -48,18 +48,18 @@ impl PciCommon {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultName {
     /// This and a number.
-    #[expect(dead_code, reason = "so far there is one of each")]
     Numbered(&'static str),
     /// This: there is only one.
     Only(&'static str),
 }
 
-use DefaultName::Only;
+use DefaultName::{Numbered, Only};
 
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
         let mut devices = vec![(Only("__rng"), &mut self.rng.pci)];
+        devices.extend(self.net.iter_mut().flatten().map(|net| (Numbered("_net"), &mut net.pci)));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
             devices.push((Only("__watchdog"), &mut self.watchdog_pci));
@@ -68,8 +68,14 @@ impl VmConfig {
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
-    pub(super) fn remove_emulated(&mut self, _id: &str) -> bool {
-        false
+    pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        fn remove<T>(list: &mut Option<Vec<T>>, id: &str, pci: impl Fn(&T) -> &PciCommon) -> bool {
+            let Some(list) = list else { return false };
+            let before = list.len();
+            list.retain(|device| pci(device).id.as_deref() != Some(id));
+            list.len() < before
+        }
+        remove(&mut self.net, id, |net| &net.pci)
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.
@@ -85,9 +91,9 @@ impl VmConfig {
         }
         for (default, pci) in self.emulated_mut() {
             match default {
-                DefaultName::Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
+                Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
                 Only(name) => pci.id = Some(name.to_owned()),
-                DefaultName::Numbered(_) => {}
+                Numbered(_) => {}
             }
         }
     }
