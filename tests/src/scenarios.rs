@@ -14,6 +14,7 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod net;
 mod nic;
 mod nvme;
 mod operator;
@@ -59,6 +60,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        net::table(),
     ]
     .concat()
 }
