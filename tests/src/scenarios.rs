@@ -15,6 +15,7 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod net;
 mod nic;
 mod nvme;
 mod operator;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        net::table(),
     ]
     .concat()
 }
