@@ -10,6 +10,7 @@ mod doctor;
 mod endings;
 mod endurance;
 mod faults;
+mod firmware;
 mod gpu;
 mod guest_view;
 mod hostile;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Scenario> {
         // The longest first: it is not to be the last.
         endurance::table(),
         boot::table(),
+        firmware::table(),
         clients::table(),
         bad_input::table(),
         doctor::table(),

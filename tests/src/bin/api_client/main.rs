@@ -8,6 +8,7 @@
 //! - `api_client orders SOCKET KERNEL`: every call in every state; see [`orders`].
 //! - `api_client abuse SOCKET PID`: what is no proper use of the API; see [`abuse`].
 //! - `api_client payload FILE`: writes the smallest guest.
+//! - `api_client firmware FILE`: writes one that looks at the machine as a firmware does.
 //! - `api_client listen PATH PROGRAM ARGUMENT...`: runs PROGRAM with a socket that listens on PATH as its descriptor 7.
 
 mod abuse;
@@ -31,19 +32,22 @@ type Outcome = Result<(), String>;
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let result = match words.as_slice() {
-        ["call", socket, method, name] => call(socket, method, name, None),
-        ["call", socket, method, name, body] => call(socket, method, name, Some(body)),
-        ["sdk", socket, steps @ ..] if !steps.is_empty() => sdk::run(socket, steps),
-        ["kata", socket, config] => kata::run(socket, config),
-        ["load", count, sockets @ ..] if !sockets.is_empty() => load::run(count, sockets),
-        ["watch", seconds, socket, pid, bdf] => load::watch(seconds, socket, pid, bdf),
-        ["orders", socket, kernel] => orders::run(socket, kernel),
-        ["abuse", socket, pid] => abuse::run(socket, pid),
-        ["payload", file] => std::fs::write(file, payload::elf()).map_err(|e| e.to_string()),
-        ["listen", path, program, arguments @ ..] => Err(listen(path, program, arguments).to_string()),
-        _ => Err("usage: api_client call|sdk|kata|load|watch|orders|abuse|payload|listen ...".to_owned()),
-    };
+    let result =
+        match words.as_slice() {
+            ["call", socket, method, name] => call(socket, method, name, None),
+            ["call", socket, method, name, body] => call(socket, method, name, Some(body)),
+            ["sdk", socket, steps @ ..] if !steps.is_empty() => sdk::run(socket, steps),
+            ["kata", socket, config] => kata::run(socket, config),
+            ["load", count, sockets @ ..] if !sockets.is_empty() => load::run(count, sockets),
+            ["watch", seconds, socket, pid, bdf] => load::watch(seconds, socket, pid, bdf),
+            ["orders", socket, kernel] => orders::run(socket, kernel),
+            ["abuse", socket, pid] => abuse::run(socket, pid),
+            ["payload", file] => std::fs::write(file, payload::elf()).map_err(|e| e.to_string()),
+            ["firmware", file] => std::fs::write(file, payload::firmware()).map_err(|e| e.to_string()),
+            ["listen", path, program, arguments @ ..] => Err(listen(path, program, arguments).to_string()),
+            _ => Err("usage: api_client call|sdk|kata|load|watch|orders|abuse|payload|firmware|listen ..."
+                .to_owned()),
+        };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
