@@ -173,7 +173,20 @@ fn panic(case: &Case<'_>) -> Result<()> {
     guest.power_off()
 }
 
+/// The shortest period that the host's KVM gives a guest's periodic timer, in microseconds.
+const SHORTEST_PERIOD: &str = "/sys/module/kvm/parameters/min_timer_period_us";
+
 fn uefi(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    // EDK II writes CR8 at the end of each interrupt. If the next one is pending already, QEMU 10.0 ends with a failed assertion (`bql_locked()`): it
+    // handles that write without its lock. So the firmware's ticks, which it asks for every 10 ms, are made rare.
+    let period = host.sh(&format!("cat {SHORTEST_PERIOD}; echo 400000 >{SHORTEST_PERIOD}"))?;
+    let result = boots_through_uefi(case);
+    host.sh(&format!("echo {period} >{SHORTEST_PERIOD}"))?;
+    result
+}
+
+fn boots_through_uefi(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let mut vm = VmSpec::new(case.guest);
     vm.command = Some(format!(
