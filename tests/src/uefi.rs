@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn files_of_a_drive_are_where_they_were_put() {
         let mut bytes = vec![0; 4 << 20];
-        let files = [("EFI/BOOT/BOOTX64.EFI", vec![7; 70_000]), ("vmlinuz", b"kernel".to_vec())];
+        let files = [("EFI/BOOT/BOOTX64.EFI", vec![7; 70_000]), ("debian.conf", b"title".to_vec())];
         fill(&mut bytes, &files).unwrap();
         let file_system = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new()).unwrap();
         for (path, content) in files {
@@ -167,5 +167,9 @@ mod tests {
             file_system.root_dir().open_file(path).unwrap().read_to_end(&mut read).unwrap();
             assert_eq!(read, content, "{path}");
         }
+        // As they were spelled, not only as eight capitals and three.
+        let names: Vec<String> =
+            file_system.root_dir().iter().flatten().map(|entry| entry.file_name()).collect();
+        assert_eq!(names, ["EFI", "debian.conf"]);
     }
 }

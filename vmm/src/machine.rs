@@ -202,7 +202,7 @@ impl Machine {
         check_places(&devices, &lifetime.units, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
-        if config.boots_firmware() {
+        if images.kernel.is_firmware()? {
             map.lower_mmio64();
         }
 
