@@ -13,6 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::reset::MachineControl;
 
+/// What firmware built for Cloud Hypervisor writes, as one byte, to the first port to switch the machine off: that VMM has a sleep control
+/// register there (ACPI 6.5, section 4.8.3.7), SLP_EN with type 5. An operating system writes the status register here in words.
+const FIRMWARE_POWER_OFF: u8 = 1 << 5 | 5 << 2;
+
 /// How many ports both blocks take.
 pub const PORTS: u16 = EVENT_BLOCK_SIZE as u16 + CONTROL_BLOCK_SIZE as u16;
 
@@ -66,6 +70,9 @@ impl DevicePio for Pm1Device {
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+        if let (0, &[FIRMWARE_POWER_OFF]) = (offset, data) {
+            return self.control.power_off();
+        }
         let event = u16::from(EVENT_BLOCK_SIZE);
         let effect = match offset.checked_sub(event) {
             None => self.model().write_event(u64::from(offset), data),
@@ -113,6 +120,16 @@ mod tests {
         write(&device, 0, EVENT_RTC);
         device.clock_alarm();
         assert!(interrupt.read().is_ok());
+    }
+
+    #[test]
+    fn a_firmwares_byte_powers_the_machine_off_and_a_systems_word_does_not() {
+        let (device, _, off) = device();
+        write(&device, 0, 0x34);
+        device.pio_write(PioAddress(0x600), 0, &[0x20]);
+        assert_eq!(*off.0.lock().unwrap(), 0);
+        device.pio_write(PioAddress(0x600), 0, &[0x34]);
+        assert_eq!(*off.0.lock().unwrap(), 1);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::qemu::{Boot, Qemu, device_id};
 use crate::rpc::{Output, Rpc, wait_for};
 use crate::spec::{HostSpec, Kernel};
 use crate::timeline::{Lane, Timeline};
+use crate::uefi;
 use crate::wire::{Wire, connect};
 
 /// The longest a host may take to boot: some 5 s on an idle machine.
@@ -58,6 +59,9 @@ impl Host {
         let dir = paths::run_dir()?;
         let initramfs = dir.join("host.cpio");
         image::build_host(artifacts, spec.kernel, guests, &initramfs)?;
+        if spec.uefi {
+            uefi::add(artifacts, *guests.first().unwrap_or(&Kernel::Cloud6_12), &initramfs, &dir)?;
+        }
         let files = kernel::obtain(spec.kernel)?;
         let timeline = Arc::new(Timeline::default());
         let qemu = Qemu::start(&Boot {

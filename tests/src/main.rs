@@ -35,6 +35,7 @@ mod slot;
 mod spec;
 mod timeline;
 mod trace;
+mod uefi;
 mod wakes;
 mod wire;
 

@@ -139,6 +139,19 @@ fn add_backports() -> Result<()> {
     fs::write(ADDED, stanza).map_err(file_error("write", ADDED))
 }
 
+/// A line for apt's list of sources: `suite`, or the machine's own one, from where the machine gets Debian.
+pub fn source_line(suite: Option<&str>) -> Result<String> {
+    let own = codename()?;
+    let Some(source) = source_files().iter().find_map(|text| debian_source(text, &own)) else {
+        return Err(Error::Missing {
+            what: "an apt source for Debian, to take its address from".to_owned(),
+            how: format!("add `deb http://deb.debian.org/debian {own} main` to /etc/apt/sources.list"),
+        });
+    };
+    let signed_by = source.signed_by.map(|key| format!("[signed-by={key}] ")).unwrap_or_default();
+    Ok(format!("deb {signed_by}{} {} main\n", source.uri, suite.unwrap_or(&own)))
+}
+
 /// Where an existing source gets Debian from.
 #[derive(Debug, PartialEq, Eq)]
 struct Source {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result, file_error};
 use crate::firmware;
 use crate::spec::{Device, FIRST_PORT, HostSpec, Hotplug};
+use crate::uefi;
 use crate::wire::connect;
 
 /// Size of the emulated NVMe drive.
@@ -202,7 +203,15 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
                 }
                 Device::Nvme => {
                     let drive = boot.dir.join(format!("{id}.raw"));
-                    fs::File::create(&drive)
+                    if spec.uefi {
+                        let image = boot.dir.join(uefi::DRIVE);
+                        fs::copy(&image, &drive).map_err(file_error("copy", &image))?;
+                    }
+                    fs::File::options()
+                        .write(true)
+                        .create(true)
+                        .truncate(false)
+                        .open(&drive)
                         .and_then(|file| file.set_len(DRIVE_BYTES))
                         .map_err(file_error("create", &drive))?;
                     add(&format!(

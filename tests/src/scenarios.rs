@@ -11,6 +11,7 @@ mod doctor;
 mod endings;
 mod endurance;
 mod faults;
+mod firmware;
 mod gpu;
 mod guest_view;
 mod hostile;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Scenario> {
         // The longest first: it is not to be the last.
         endurance::table(),
         boot::table(),
+        firmware::table(),
         clients::table(),
         cpus::table(),
         bad_input::table(),

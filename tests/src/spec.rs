@@ -147,6 +147,8 @@ pub struct HostSpec {
     pub slots: Vec<Slot>,
     /// Whether the machine has an IOMMU.
     pub iommu: bool,
+    /// Whether it has a UEFI firmware for its guests, and an NVMe drive of its has a file system that this boots.
+    pub uefi: bool,
     /// Virtual time by counted instructions: the same figures on every machine, slow, for benchmarks.
     pub deterministic: bool,
 }
@@ -161,6 +163,7 @@ impl HostSpec {
             cpus: 1,
             slots: slots.to_vec(),
             iommu: true,
+            uefi: false,
             deterministic: false,
         }
     }

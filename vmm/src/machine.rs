@@ -216,7 +216,7 @@ impl Machine {
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.boot_size(), processors.phys_bits())?;
         let zones = memory::plan(&config.memory, config.numa.as_deref(), &mut map)?;
-        if config.boots_firmware() {
+        if images.kernel.is_firmware()? {
             map.lower_mmio64();
         }
 

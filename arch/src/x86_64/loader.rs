@@ -250,6 +250,14 @@ impl ImageFile {
         self.len
     }
 
+    /// Whether this is a firmware, whatever it was given as: CLOUDHV.fd is often given as a kernel. No kernel calls itself a 386 program.
+    ///
+    /// # Errors
+    /// [`LoadError::Read`].
+    pub fn is_firmware(&self) -> Result<bool, LoadError> {
+        Ok(self.role == Role::Firmware || pvh::is_386(self)?)
+    }
+
     /// Always false: an empty file is refused on opening.
     pub fn is_empty(&self) -> bool {
         self.len == 0

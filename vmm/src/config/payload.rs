@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use log::warn;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, VmConfig};
+use super::ConfigError;
 
 /// What to boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,13 +51,6 @@ impl PayloadConfig {
             (Some(_), Some(_)) => Err(ConfigError::TwoPayloads),
             _ => Ok(()),
         }
-    }
-}
-
-impl VmConfig {
-    /// Whether a firmware is booted.
-    pub fn boots_firmware(&self) -> bool {
-        self.payload.as_ref().is_some_and(|payload| payload.firmware.is_some())
     }
 }
 

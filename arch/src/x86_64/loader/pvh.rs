@@ -44,6 +44,16 @@ struct Segment {
     memory_len: u64,
 }
 
+/// Whether this is an ELF file that calls itself a 386 program.
+pub(super) fn is_386(image: &ImageFile) -> Result<bool, LoadError> {
+    let mut header = [0; ELF_HEADER_LEN];
+    if image.len() < ELF_HEADER_LEN as u64 {
+        return Ok(false);
+    }
+    image.read_at(&mut header, 0)?;
+    Ok(header.starts_with(&ELF_MAGIC) && read_u16(&header, 18) == MACHINE_386)
+}
+
 /// Checks and loads an ELF file.
 pub(super) fn load_elf<M: GuestMemoryBackend>(
     memory: &M,

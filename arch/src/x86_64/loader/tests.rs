@@ -284,6 +284,9 @@ fn a_firmware_that_calls_itself_a_386_program_is_entered_by_its_note() {
     let info: hvm_start_info = memory.read_obj(layout::PVH_START_INFO).unwrap();
     assert_eq!((info.rsdp_paddr, info.nr_modules, info.modlist_paddr), (0xe_0000, 0, 0));
     assert_eq!(bytes_at(&memory, info.cmdline_paddr, 1), [0], "no command line");
+    let is_firmware = |role, bytes: &[u8]| image(role, bytes).unwrap().is_firmware().unwrap();
+    assert!(is_firmware(Role::Kernel, &file) && is_firmware(Role::Firmware, &elf(0x10_0000)));
+    assert!(!is_firmware(Role::Kernel, &elf(0x10_0000)) && !is_firmware(Role::Kernel, b"x"));
 }
 
 #[test]

@@ -9,6 +9,7 @@
 //! - `api_client orders SOCKET KERNEL`: every call in every state; see [`orders`].
 //! - `api_client abuse SOCKET PID`: what is no proper use of the API; see [`abuse`].
 //! - `api_client payload FILE`: writes the smallest guest.
+//! - `api_client firmware FILE`: writes one that looks at the machine as a firmware does.
 //! - `api_client listen PATH PROGRAM ARGUMENT...`: runs PROGRAM with a socket that listens on PATH as its descriptor 7.
 
 mod abuse;
@@ -45,8 +46,10 @@ fn main() -> ExitCode {
         ["orders", socket, kernel] => orders::run(socket, kernel),
         ["abuse", socket, pid] => abuse::run(socket, pid),
         ["payload", file] => std::fs::write(file, payload::elf()).map_err(|e| e.to_string()),
+        ["firmware", file] => std::fs::write(file, payload::firmware()).map_err(|e| e.to_string()),
         ["listen", path, program, arguments @ ..] => Err(listen(path, program, arguments).to_string()),
-        _ => Err("usage: api_client call|sdk|kata|net|load|watch|orders|abuse|payload|listen ...".to_owned()),
+        _ => Err("usage: api_client call|sdk|kata|net|load|watch|orders|abuse|payload|firmware|listen ..."
+            .to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
