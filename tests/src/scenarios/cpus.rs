@@ -46,7 +46,7 @@ pub fn table() -> Vec<Scenario> {
 }
 
 fn ctl(host: &Host, words: &str) -> Result<Output> {
-    host.run(&format!("dormouse ctl --api-socket {API} {words}"))
+    host.run(&format!("dormouse ctl --timeout 300 --api-socket {API} {words}"))
 }
 
 fn order(host: &Host, words: &str) -> Result<String> {
