@@ -101,7 +101,8 @@ struct Run {
     /// Command line of the kernel.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// Processors: boot=1,topology=THREADS:CORES:DIES:PACKAGES,max_phys_bits=46,nested=on
+    /// Processors: boot=1,max=BOOT,topology=THREADS:CORES:DIES:PACKAGES,affinity=[VCPU@[HOST..]..],
+    /// core_scheduling=vm|vcpu|off,max_phys_bits=46,nested=on,features=[amx],kvm_hyperv=off
     #[arg(long, value_name = "KEYS")]
     cpus: Option<String>,
     /// Memory: size=512M,shared=off,hugepages=off,hugepage_size=,hotplug_size=,hotplugged_size=,prefault=off,reserve=off,thp=on,

@@ -223,7 +223,12 @@ impl Processors {
 
     /// Creates one of the others, which waits for the guest to start it.
     pub fn create_later(&self, vm: &VmFd, vcpu: u16) -> Result<VcpuFd, HypervisorError> {
-        self.create_one(vm, vcpu, None)
+        let fd = self.create_one(vm, vcpu, None)?;
+        // KVM looks for the local APICs that interrupts can be sent to when one of them changes, and not when there is a new one. At boot the
+        // guest's own changes do it; here the guest would start a processor that is not found.
+        let lapic = fd.get_lapic().map_err(ioctl("reading the local APIC"))?;
+        fd.set_lapic(&lapic).map_err(ioctl("setting the local APIC"))?;
+        Ok(fd)
     }
 
     fn create_one(
