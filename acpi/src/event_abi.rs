@@ -29,8 +29,8 @@ pub const EVENT_WAKE: u32 = 1 << 1;
 
 /// EVENTS bit 2: ADDED or LEAVING is not zero.
 pub const EVENT_PLACES: u32 = 1 << 2;
-/// EVENTS bit 4: CHANGED of the memory slots ([`memory_abi`](crate::memory_abi)) is not zero.
-pub const EVENT_MEMORY: u32 = 1 << 4;
+/// EVENTS bit 3: CHANGED of the memory slots ([`memory_abi`](crate::memory_abi)) is not zero.
+pub const EVENT_MEMORY: u32 = 1 << 3;
 
 /// `Notify` value of a device that is new (ACPI 6.5, table 5.168: device check).
 pub const NOTIFY_DEVICE_CHECK: u8 = 0x01;

@@ -14,6 +14,7 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod memory;
 mod nic;
 mod nvme;
 mod operator;
@@ -48,6 +49,7 @@ pub fn all() -> Vec<Scenario> {
         gpu::table(),
         guest_view::table(),
         nvme::table(),
+        memory::table(),
         hostile::table(),
         hotplug::table(),
         slots::table(),
