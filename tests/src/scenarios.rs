@@ -16,6 +16,7 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod memory;
 mod net;
 mod nic;
 mod nvme;
@@ -54,6 +55,7 @@ pub fn all() -> Vec<Scenario> {
         gpu::table(),
         guest_view::table(),
         nvme::table(),
+        memory::table(),
         hostile::table(),
         hotplug::table(),
         slots::table(),

@@ -25,8 +25,8 @@
 //! FED1_0000  |  power notification     |  one page each
 //! FED2_0000  |  event device           |
 //! FED3_0000  |  reset register         |
+//! FED4_0000  |  memory slots           |
 //! FED5_0000  |  processors' registers  |
-//! FED6_0000  |  memory slots           |
 //! FEE0_0000  |  local APICs            |
 //! FFFB_C000  |  KVM identity map, TSS  |                                          (reserved)
 //!  1_0000_0000 +-----------------------+  high RAM: what does not fit below
@@ -108,7 +108,7 @@ pub const RESET_REGISTER: AddressRange = AddressRange::new(GuestAddress(0xfed3_0
 /// The registers through which processors come and go.
 pub const PROCESSORS: AddressRange = AddressRange::new(GuestAddress(0xfed5_0000), 0x1000);
 /// The registers of memory devices that are added later.
-pub const MEMORY_SLOTS: AddressRange = AddressRange::new(GuestAddress(0xfed6_0000), 0x1000);
+pub const MEMORY_SLOTS: AddressRange = AddressRange::new(GuestAddress(0xfed4_0000), 0x1000);
 /// Local APIC registers, the same address for every vCPU.
 pub const LOCAL_APIC: AddressRange = AddressRange::new(GuestAddress(0xfee0_0000), 0x1000);
 /// Page that KVM uses as identity page table where the processor cannot run real mode (one page).

@@ -27,13 +27,13 @@ pub fn table() -> Vec<Scenario> {
 
 /// Who runs the VMM.
 #[derive(Clone, Copy)]
-pub enum As {
+pub(super) enum As {
     Root,
     Nobody,
 }
 
 /// Runs the VMM with `arguments`; it must end with status 1 and one line that has all of `words`.
-pub fn refuse(host: &Host, user: As, arguments: &str, words: &[&str]) -> Result<()> {
+pub(super) fn refuse(host: &Host, user: As, arguments: &str, words: &[&str]) -> Result<()> {
     let command = match user {
         As::Root => format!("timeout 20 dormouse {arguments} 2>/run/refusal"),
         As::Nobody => format!("su -s /bin/sh nobody -c 'timeout 20 dormouse {arguments}' 2>/run/refusal"),

@@ -260,7 +260,7 @@ impl MemoryConfig {
             _ => {}
         }
         let page = zone.hugepage_size.unwrap_or(PAGE);
-        for size in [Some(zone.size), zone.hotplug_size, zone.hotplugged_size].into_iter().flatten() {
+        for size in [Some(zone.size), zone.hotplugged_size].into_iter().flatten() {
             if !size.is_multiple_of(page) {
                 return Err(E::NotPages { option: name(), size, page });
             }

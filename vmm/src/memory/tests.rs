@@ -137,7 +137,7 @@ fn a_shared_file_gets_what_the_guest_writes_and_a_private_one_does_not() {
         // A mebibyte into the file, as the second piece of a zone is.
         let region = backing::map(&zone, range(GIB, 64 * MIB), MIB).unwrap();
         region.write_obj(7_u8, MemoryRegionAddress(5)).unwrap();
-        assert_eq!(fs::read(&file.0).unwrap()[(MIB + 5) as usize], found, "shared={shared}");
+        assert_eq!(fs::read(&file.0).unwrap()[0x10_0005], found, "shared={shared}");
     }
 }
 
