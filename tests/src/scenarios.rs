@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod disk;
 mod doctor;
 mod endings;
 mod endurance;
@@ -59,6 +60,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        disk::table(),
     ]
     .concat()
 }
