@@ -12,10 +12,12 @@
 //! - `guest_tool cycle BDF COUNT MS`: lets a function without a driver suspend, leaves it so for MS milliseconds, wakes
 //!   it, COUNT times; each time it must be in D3cold, then in D0 with the identity it had.
 //! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
+//! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
+mod disk;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         ["pmcsr", bdf, state] => pmcsr(bdf, Some(state)),
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
+        ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
         _ => {
             Err(io::Error::other("usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|drm ..."))
