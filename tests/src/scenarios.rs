@@ -7,6 +7,7 @@ mod bad_input;
 mod boot;
 mod clients;
 mod cpus;
+mod disk;
 mod doctor;
 mod endings;
 mod endurance;
@@ -67,6 +68,7 @@ pub fn all() -> Vec<Scenario> {
         tables::table(),
         virtio::table(),
         net::table(),
+        disk::table(),
     ]
     .concat()
 }

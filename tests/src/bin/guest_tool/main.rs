@@ -14,10 +14,12 @@
 //! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
 //! - `guest_tool storm SECONDS SEED ADDRESS LENGTH`: random accesses to registers in memory space; see [`storm`].
 //! - `guest_tool cpuid LEAF`: the four registers that CPUID gives for a leaf.
+//! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
+mod disk;
 mod storm;
 
 use std::fs::{self, File, OpenOptions};
@@ -49,9 +51,10 @@ fn main() -> ExitCode {
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
         ["storm", seconds, seed, address, length] => storm::run(seconds, seed, address, length),
         ["cpuid", leaf] => cpuid(leaf),
+        ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|drm ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm ...",
         )),
     };
     match result {
