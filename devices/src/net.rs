@@ -14,6 +14,8 @@ mod pair;
 mod receive;
 mod shared;
 pub mod tap;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod transmit;
 mod vectors;
 pub mod vhost;

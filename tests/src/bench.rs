@@ -5,6 +5,7 @@
 
 mod api;
 mod disk;
+mod net;
 mod power;
 mod start;
 mod wake;
@@ -58,6 +59,7 @@ const PARTS: [Part; 8] = [
     ("overhead", overhead),
     ("power", power::measure),
     ("wake", wake::measure),
+    ("net", net::measure),
     ("boot", boot),
     ("disk", disk::measure),
 ];

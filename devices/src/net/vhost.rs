@@ -16,6 +16,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Mover};
+use super::shared::Shared;
 use super::tap::Tap;
 use crate::virtio::Memory;
 use crate::virtio::device::{
@@ -91,10 +92,9 @@ impl Vhost {
             .map(|((_, receive, send), file)| Pair::new([receive, send], Arc::clone(file), features))
             .collect::<Result<Vec<_>, _>>()?;
         let in_use = control.shared.pairs().into();
-        let mut pairs = Pairs { pairs, in_use, tap: Arc::clone(&control.tap) };
-        if control.shared.has_link() {
-            pairs.start()?;
-        }
+        let (tap, shared) = (Arc::clone(&control.tap), Arc::clone(&control.shared));
+        let mut pairs = Pairs { pairs, in_use, tap, shared };
+        pairs.start()?;
         let pairs = Arc::new(Mutex::new(pairs));
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&pairs);
         let interrupt = Arc::clone(&control.interrupt);
@@ -226,10 +226,15 @@ struct Pairs {
     pairs: Vec<Pair>,
     in_use: usize,
     tap: Arc<Tap>,
+    shared: Arc<Shared>,
 }
 
 impl Pairs {
     fn start(&mut self) -> Result<(), DeviceError> {
+        if !self.shared.has_link() {
+            // A tap that has gone is nothing that the kernel would take.
+            return Ok(());
+        }
         self.pairs.iter_mut().take(self.in_use).try_for_each(Pair::start)
     }
 

@@ -65,6 +65,15 @@ impl Debug for Watch {
 }
 
 impl Watch {
+    /// Of nobody's, for tests of handlers without a worker.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn new() -> io::Result<Self> {
+        Epoll::new().map(Self)
+    }
+
     fn control(
         &self,
         operation: ControlOperation,
