@@ -52,7 +52,7 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 8] = [
+const PARTS: [Part; 9] = [
     ("size", size),
     ("start", start::measure),
     ("api", api::measure),
