@@ -11,6 +11,7 @@
 //! more than that.
 
 pub mod chain;
+pub mod console;
 pub mod device;
 pub mod packed;
 pub mod pci;

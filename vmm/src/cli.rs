@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::config::{
     ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
-    PlatformConfig, RngConfig, VmConfig,
+    PlatformConfig, RngConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -56,7 +56,6 @@ const NOT_YET: &[&str] = &[
     "tpm",
     "user-device",
     "vdpa",
-    "vsock",
     "watchdog",
 ];
 
@@ -121,12 +120,15 @@ struct Run {
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH
     #[arg(long, value_name = "MODE", default_value = "null")]
     serial: String,
-    /// Paravirtual console: off or null
+    /// Paravirtual console: off, null, pty, tty, file=PATH or socket=PATH, and pci_device_id=N
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
+    /// Sockets between guest and host: cid=3,socket=PATH of the Unix socket to make
+    #[arg(long, value_name = "KEYS")]
+    vsock: Option<String>,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -433,8 +435,9 @@ impl Run {
                 initramfs: self.initramfs,
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
-            console: ConsoleConfig::parse("--console", &self.console)?,
+            console: VirtioConsoleConfig::parse(&self.console)?,
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
+            vsock: self.vsock.as_deref().map(VsockConfig::parse).transpose()?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -451,6 +454,7 @@ impl Run {
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
+            ("--vsock", self.vsock.is_some()),
             ("--device", !self.device.is_empty()),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod console;
 mod endpoint;
 pub mod option_parser;
 mod parse;
@@ -17,13 +18,16 @@ mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod vsock;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
+pub use console::{ConsoleError, VirtioConsoleConfig};
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
+pub use vsock::{VsockConfig, VsockConfigError};
 
 /// The whole machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +45,8 @@ pub struct VmConfig {
     #[serde(default)]
     pub serial: ConsoleConfig,
     /// The paravirtual console.
-    #[serde(default = "ConsoleConfig::off")]
-    pub console: ConsoleConfig,
+    #[serde(default)]
+    pub console: VirtioConsoleConfig,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,
@@ -52,6 +56,9 @@ pub struct VmConfig {
     /// The source of random numbers.
     #[serde(default)]
     pub rng: RngConfig,
+    /// Sockets between guest and host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
@@ -253,18 +260,6 @@ pub struct ConsoleConfig {
     /// The listening socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
-    /// Name of the console device. This and what follows is for the paravirtual console; a serial port has none of it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Whether the console device is behind the virtual IOMMU.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub iommu: bool,
-    /// Guest PCI segment of the console device.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub pci_segment: u16,
-    /// Guest PCI device number of the console device.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pci_device_id: Option<u8>,
 }
 
 impl ConsoleConfig {

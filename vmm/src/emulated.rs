@@ -3,16 +3,19 @@
 //! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::emulated::EmulatedFunction;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
+use devices::virtio::vsock::{Vsock, VsockError};
 use pci::DevFn;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::console::{ConsoleUnitError, make_console};
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +23,12 @@ pub enum EmulatedError {
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The paravirtual console.
+    #[error(transparent)]
+    Console(#[from] ConsoleUnitError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -49,6 +58,12 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// The pseudoterminal behind it.
+    pub fn terminal(&self) -> Option<PathBuf> {
+        let Model::Virtio(device) = &self.model;
+        device.terminal()
+    }
+
     /// Makes the function for a machine, at `devfn` on bus 0.
     ///
     /// # Errors
@@ -81,7 +96,15 @@ type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
 fn plan(config: &VmConfig) -> Vec<Make<'_>> {
-    vec![Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?))))]
+    let mut plan: Vec<Make<'_>> = Vec::new();
+    if config.console.is_there() {
+        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(make_console(id, &config.console)?)))));
+    }
+    plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
+    if let Some(vsock) = &config.vsock {
+        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Vsock::new(id, vsock.cid, &vsock.socket)?)))));
+    }
+    plan
 }
 
 /// Makes all devices of the configuration whose names are not in `present`. All must have names.

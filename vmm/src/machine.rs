@@ -95,7 +95,7 @@ pub enum MachineError {
     #[error(transparent)]
     Serial(#[from] SerialError),
     /// The other end of the serial port.
-    #[error(transparent)]
+    #[error("--serial: {0}")]
     Console(#[from] BackendError),
     /// The clock.
     #[error(transparent)]

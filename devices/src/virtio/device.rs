@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -168,6 +169,11 @@ pub trait VirtioDevice: Debug + Send + Sync {
 
     /// Memory has been added to the machine or taken from it, and [`Activation::memory`] shows it.
     fn memory_changed(&self) {}
+
+    /// The pseudoterminal behind it.
+    fn terminal(&self) -> Option<PathBuf> {
+        None
+    }
 
     /// What it has counted, by Cloud Hypervisor's names.
     fn counters(&self) -> Vec<(&'static str, u64)> {

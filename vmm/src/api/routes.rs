@@ -8,7 +8,7 @@ use vfio_pm::PolicyChange;
 
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
-use crate::config::{DeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, VmConfig, VsockConfig};
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
 
@@ -80,7 +80,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.add-net", "The network device could not be added to the VM", Endpoint::Absent("a network device")),
     ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
-    ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Absent("virtio-vsock")),
+    ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Body(add_vsock)),
     ("vm.resize-disk", "The disk could not be resized", Endpoint::Absent("resizing a disk")),
     ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Absent("memory zones")),
     ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Absent("snapshots")),
@@ -218,9 +218,16 @@ fn add_device(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
 }
 
 /// Adds a device of the machine's own: `insert` makes it part of the configuration.
-#[expect(dead_code, reason = "no device of the machine's own can be added yet")]
 fn add_emulated(api: &Api, insert: impl FnOnce(&mut VmConfig) + Send + 'static) -> Result<Answer, Failure> {
     place(api, Order::AddEmulated(Addition(Box::new(insert))))
+}
+
+fn add_vsock(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let vsock = parse::<VsockConfig>(body)?;
+    // The second is not inserted, which is an error.
+    add_emulated(api, move |config| {
+        config.vsock.get_or_insert(vsock);
+    })
 }
 
 #[derive(Deserialize)]

@@ -55,7 +55,8 @@ const PLAIN: [&str; 9] = [
     "vm.power-button",
     "vm.nmi",
 ];
-const BODIES: [&str; 7] = [
+const BODIES: [&str; 8] = [
+    "vm.add-vsock",
     "vm.create",
     "vm.resize",
     "vm.add-device",

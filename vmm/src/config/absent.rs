@@ -43,7 +43,6 @@ absent! {
     pmem => "pmem (--pmem)",
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
-    vsock => "vsock (--vsock)",
     pvpanic => "pvpanic (--pvpanic)",
     iommu => "iommu (a device with iommu=on)",
     numa => "numa (--numa)",

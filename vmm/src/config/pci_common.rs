@@ -48,23 +48,28 @@ impl PciCommon {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultName {
     /// This and a number.
-    #[expect(dead_code, reason = "so far there is one of each")]
     Numbered(&'static str),
     /// This: there is only one.
     Only(&'static str),
 }
 
-use DefaultName::Only;
+use DefaultName::{Numbered, Only};
 
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
-        vec![(Only("__rng"), &mut self.rng.pci)]
+        let mut devices = Vec::new();
+        if self.console.is_there() {
+            devices.push((Only("__console"), &mut self.console.pci));
+        }
+        devices.push((Only("__rng"), &mut self.rng.pci));
+        devices.extend(self.vsock.iter_mut().map(|vsock| (Numbered("_vsock"), &mut vsock.pci)));
+        devices
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
-    pub(super) fn remove_emulated(&mut self, _id: &str) -> bool {
-        false
+    pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        self.vsock.take_if(|vsock| vsock.pci.id.as_deref() == Some(id)).is_some()
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.
@@ -80,9 +85,9 @@ impl VmConfig {
         }
         for (default, pci) in self.emulated_mut() {
             match default {
-                DefaultName::Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
+                Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
                 Only(name) => pci.id = Some(name.to_owned()),
-                DefaultName::Numbered(_) => {}
+                Numbered(_) => {}
             }
         }
     }

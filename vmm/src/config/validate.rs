@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use acpi::smbios::SystemIdentity;
 use arch::layout::MIN_RAM;
 use arch::topology::{APIC_ID_MAX, Topology, TopologyError};
-use devices::serial::SerialMode;
 use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
-    ConsoleConfig, ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig,
-    PlatformConfig, VmConfig,
+    ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig, PlatformConfig,
+    VmConfig,
 };
 
 /// One for each APIC ID that an interrupt can be sent to.
@@ -129,6 +128,12 @@ pub enum ConfigError {
         /// The number.
         number: u8,
     },
+    /// A console that cannot be had.
+    #[error(transparent)]
+    Console(#[from] super::ConsoleError),
+    /// A socket device that makes no sense.
+    #[error(transparent)]
+    Vsock(#[from] super::VsockConfigError),
     /// More root ports than there can be.
     #[error("--platform hotplug_ports={ports} is not possible; bus 0 has room for 31 root ports")]
     HotplugPorts {
@@ -162,7 +167,7 @@ impl VmConfig {
         }
         self.cpus.validate()?;
         self.memory.validate()?;
-        self.console.validate_as_console()?;
+        self.validate_console()?;
         let debug_console = !matches!(self.debug_console.mode, ConsoleMode::Off);
         refuse(debug_console, "debug_console (--debug-console) other than off")?;
         self.absent.validate()?;
@@ -183,6 +188,7 @@ impl VmConfig {
     /// The first thing that is wrong.
     pub fn validate_all_devices(&self) -> Result<(), ConfigError> {
         validate_devices(self.devices.as_deref().unwrap_or_default())?;
+        self.vsock.iter().try_for_each(super::VsockConfig::validate)?;
         self.validate_names_and_places()
     }
 
@@ -256,30 +262,6 @@ impl MemoryConfig {
             return Err(ConfigError::MemoryNotPages { size });
         }
         Ok(())
-    }
-}
-
-impl ConsoleConfig {
-    /// As the paravirtual console. (A serial port takes any mode, and clients fill in the rest for it without meaning it.)
-    fn validate_as_console(&self) -> Result<(), ConfigError> {
-        let has_device = !matches!(self.mode, ConsoleMode::Off | ConsoleMode::Null);
-        refuse(has_device, "--console other than off and null")?;
-        refuse(self.id.is_some(), "--console id")?;
-        refuse(self.iommu, "--console iommu=on")?;
-        refuse(self.pci_segment != 0, "--console pci_segment other than 0")?;
-        refuse(self.pci_device_id.is_some(), "--console pci_device_id")
-    }
-
-    /// As the serial port takes it.
-    pub fn serial_mode(&self) -> SerialMode {
-        match (self.mode, &self.file, &self.socket) {
-            (ConsoleMode::Off, ..) => SerialMode::Off,
-            (ConsoleMode::Pty, ..) => SerialMode::Pty,
-            (ConsoleMode::Tty, ..) => SerialMode::Tty,
-            (ConsoleMode::File, Some(path), _) => SerialMode::File(path.clone()),
-            (ConsoleMode::Socket, _, Some(path)) => SerialMode::Socket(path.clone()),
-            (ConsoleMode::Null | ConsoleMode::File | ConsoleMode::Socket, ..) => SerialMode::Null,
-        }
     }
 }
 
