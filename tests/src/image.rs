@@ -27,8 +27,18 @@ const GUEST_INIT: &str = include_str!("image/guest-init.sh");
 const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 8] =
-    ["e1000e", "igb", "virtio_pci", "virtio_gpu", "virtio_rng", "nvme", "button", "evdev"];
+const GUEST_MODULES: [&str; 10] = [
+    "e1000e",
+    "igb",
+    "virtio_pci",
+    "virtio_gpu",
+    "virtio_rng",
+    "nvme",
+    "button",
+    "evdev",
+    "virtio_console",
+    "vmw_vsock_virtio_transport",
+];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\
@@ -49,8 +59,10 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
     let mut append = |part: &[u8]| out.write_all(part).map_err(file_error("write", path));
     append(&cached(&host_base(host)?)?)?;
     let curl = find(&["/usr/bin/curl", "/bin/curl"], "curl", "curl")?;
+    let socat = find(&["/usr/bin/socat", "/bin/socat"], "socat", "socat")?;
     append(&programs(&[
         ("curl", &curl),
+        ("socat", &socat),
         ("dormouse", &artifacts.dormouse),
         ("vfio_probe", &artifacts.vfio_probe),
         ("api_client", &artifacts.api_client),

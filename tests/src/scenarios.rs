@@ -19,6 +19,7 @@ mod nvme;
 mod operator;
 mod recovery;
 mod slots;
+mod sockets;
 pub mod steps;
 mod tables;
 mod virtio;
@@ -59,6 +60,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        sockets::table(),
     ]
     .concat()
 }
