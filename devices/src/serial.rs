@@ -4,13 +4,14 @@
 //! and are dropped. Input is read from the host only as far as the receive FIFO has room, and not before the guest listens:
 //! a driver's start-up sequence throws the contents of the FIFO away, so a script piped into the VMM would lose its start.
 
-mod backend;
+pub(crate) mod backend;
 pub mod debug_console;
 mod output;
 mod stream;
 pub mod terminal;
 #[cfg(test)]
 mod tests;
+pub(crate) mod watch;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -97,10 +98,7 @@ struct Wire(Arc<Backend>);
 
 impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut output = self.0.output();
-        for byte in bytes {
-            output.push(*byte);
-        }
+        self.0.send(bytes);
         Ok(bytes.len())
     }
 

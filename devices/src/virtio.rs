@@ -13,6 +13,7 @@
 pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod device;
 pub mod discard;
 pub mod packed;
@@ -23,6 +24,7 @@ pub mod rng;
 pub mod split;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
 pub mod watchdog;
 pub mod worker;
 

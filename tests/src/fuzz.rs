@@ -20,9 +20,16 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 6] =
-    ["bar_moves", "msix_table", "notify_registers", "pm_config_shadow", "virtio_blk", "virtio_net"];
-
+const TARGETS: [&str; 8] = [
+    "bar_moves",
+    "msix_table",
+    "notify_registers",
+    "pm_config_shadow",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "virtio_vsock",
+];
 /// What a test's name begins with.
 const PREFIX: &str = "fuzz: ";
 /// Seconds for each target in `cargo testbed test`.

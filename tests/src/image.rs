@@ -28,7 +28,7 @@ const HOST_MODULES: [&str; 6] =
     ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic", "tun", "vhost_net"];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 12] = [
+const GUEST_MODULES: [&str; 14] = [
     "e1000e",
     "igb",
     "virtio_pci",
@@ -41,6 +41,8 @@ const GUEST_MODULES: [&str; 12] = [
     "button",
     "evdev",
     "pvpanic_pci",
+    "virtio_console",
+    "vmw_vsock_virtio_transport",
 ];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
@@ -62,8 +64,10 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
     let mut append = |part: &[u8]| out.write_all(part).map_err(file_error("write", path));
     append(&cached(&host_base(host)?)?)?;
     let curl = find(&["/usr/bin/curl", "/bin/curl"], "curl", "curl")?;
+    let socat = find(&["/usr/bin/socat", "/bin/socat"], "socat", "socat")?;
     append(&programs(&[
         ("curl", &curl),
+        ("socat", &socat),
         ("dormouse", &artifacts.dormouse),
         ("vfio_probe", &artifacts.vfio_probe),
         ("api_client", &artifacts.api_client),

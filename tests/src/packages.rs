@@ -11,7 +11,7 @@ use crate::command::{capture, capture_text, exists};
 use crate::error::{Error, Result, file_error};
 
 /// Program, and the package that has it.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("iasl", "acpica-tools"),
     ("acpiexec", "acpica-tools"),
@@ -23,6 +23,7 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("setpriv", "util-linux"),
     COMPILER,
     ("curl", "curl"),
+    ("socat", "socat"),
 ];
 /// What the fuzz targets need: libFuzzer is written in C++.
 const COMPILER: (&str, &str) = ("c++", "g++");

@@ -24,6 +24,7 @@ mod nvme;
 mod operator;
 mod recovery;
 mod slots;
+mod sockets;
 pub mod steps;
 mod tables;
 mod virtio;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<Scenario> {
         virtio::table(),
         net::table(),
         disk::table(),
+        sockets::table(),
     ]
     .concat()
 }

@@ -15,7 +15,7 @@ use thiserror::Error;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
     MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
-    RateLimitGroupConfig, RngConfig, VmConfig,
+    RateLimitGroupConfig, RngConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -49,7 +49,6 @@ const NOT_YET: &[&str] = &[
     "tpm",
     "user-device",
     "vdpa",
-    "vsock",
 ];
 
 /// Boots a virtual machine whose assigned devices really sleep.
@@ -123,7 +122,7 @@ struct Run {
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH
     #[arg(long, value_name = "MODE", default_value = "null")]
     serial: String,
-    /// Paravirtual console: off or null
+    /// Paravirtual console: off, null, pty, tty, file=PATH or socket=PATH, and pci_device_id=N
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
     /// Debug console, a port for text: off, null, pty, tty or file=PATH, and iobase=0xe9
@@ -153,6 +152,9 @@ struct Run {
     /// Watchdog: resets a guest that has given it signs of life and falls silent
     #[arg(long)]
     watchdog: bool,
+    /// Sockets between guest and host: cid=3,socket=PATH of the Unix socket to make
+    #[arg(long, value_name = "KEYS")]
+    vsock: Option<String>,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -472,7 +474,7 @@ impl Run {
                 initramfs: self.initramfs,
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
-            console: ConsoleConfig::parse("--console", &self.console)?,
+            console: VirtioConsoleConfig::parse(&self.console)?,
             debug_console: DebugConsoleConfig::parse(&self.debug_console)?,
             pvpanic: self.pvpanic,
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
@@ -481,6 +483,7 @@ impl Run {
             rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
             disks: some(&self.disk, DiskConfig::parse)?,
             net: some(&self.net, NetConfig::parse)?,
+            vsock: self.vsock.as_deref().map(VsockConfig::parse).transpose()?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -504,6 +507,7 @@ impl Run {
             ("--watchdog", self.watchdog),
             ("--disk", !self.disk.is_empty()),
             ("--rate-limit-group", !self.rate_limit_group.is_empty()),
+            ("--vsock", self.vsock.is_some()),
             ("--device", !self.device.is_empty()),
             ("--debug-console", self.debug_console != "off"),
             ("--pvpanic", self.pvpanic),

@@ -14,6 +14,7 @@ mod cpus;
 mod debug_console;
 mod descriptors;
 mod disk;
+mod console;
 mod endpoint;
 mod memory;
 mod net;
@@ -27,6 +28,7 @@ mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod vsock;
 
 pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
@@ -34,6 +36,7 @@ pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
 pub use descriptors::Descriptors;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
+pub use console::{ConsoleError, VirtioConsoleConfig};
 pub use endpoint::Endpoint;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
 pub use net::{NetConfig, NetError, VhostChoice};
@@ -44,6 +47,7 @@ pub use pci_common::PciCommon;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
+pub use vsock::{VsockConfig, VsockConfigError};
 
 /// The whole machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,8 +65,8 @@ pub struct VmConfig {
     #[serde(default)]
     pub serial: ConsoleConfig,
     /// The paravirtual console.
-    #[serde(default = "ConsoleConfig::off")]
-    pub console: ConsoleConfig,
+    #[serde(default)]
+    pub console: VirtioConsoleConfig,
     /// Limits that several disks share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
@@ -89,6 +93,9 @@ pub struct VmConfig {
     /// The watchdog's place, which is no setting.
     #[serde(skip)]
     pub watchdog_pci: PciCommon,
+    /// Sockets between guest and host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
@@ -286,18 +293,6 @@ pub struct ConsoleConfig {
     /// The listening socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
-    /// Name of the console device. This and what follows is for the paravirtual console; a serial port has none of it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Whether the console device is behind the virtual IOMMU.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub iommu: bool,
-    /// Guest PCI segment of the console device.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub pci_segment: u16,
-    /// Guest PCI device number of the console device.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pci_device_id: Option<u8>,
 }
 
 impl ConsoleConfig {

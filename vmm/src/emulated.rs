@@ -4,6 +4,7 @@
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
 use std::rc::Rc;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::block::DiskError;
@@ -15,6 +16,7 @@ use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
 use devices::virtio::watchdog::{CurrentMachine, Watchdog};
+use devices::virtio::vsock::{Vsock, VsockError};
 use pci::DevFn;
 use pci::bar::BarError;
 
@@ -23,6 +25,7 @@ use crate::config::VmConfig;
 use crate::disks::{DiskUnit, Groups, make_disk};
 use crate::nets::{NetUnitError, make_net};
 use crate::panic_events::PanicTeller;
+use crate::console::{ConsoleUnitError, make_console};
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,12 @@ pub enum EmulatedError {
     /// A network device.
     #[error(transparent)]
     Net(#[from] NetUnitError),
+    /// The paravirtual console.
+    #[error(transparent)]
+    Console(#[from] ConsoleUnitError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -81,6 +90,14 @@ impl Unit {
             Model::Virtio(device) => device.resize(size),
             Model::PvPanic => Err("it has no size".to_owned()),
             Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// The pseudoterminal behind it.
+    pub fn terminal(&self) -> Option<PathBuf> {
+        match &self.model {
+            Model::Virtio(device) => device.terminal(),
+            Model::PvPanic | Model::Disk(_) => None,
         }
     }
 
@@ -130,6 +147,9 @@ type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
 fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<Make<'a>> {
     let mut plan: Vec<Make<'a>> = Vec::new();
+    if config.console.is_there() {
+        plan.push(Box::new(|id| Ok(virtio(make_console(id, &config.console)?))));
+    }
     let groups = Rc::new(Groups::new(config, present));
     for disk in config.disks.iter().flatten() {
         let groups = Rc::clone(&groups);
@@ -139,6 +159,9 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
         plan.push(Box::new(move |id| Ok(virtio(make_net(id, net)?))));
     }
     plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
+    if let Some(vsock) = &config.vsock {
+        plan.push(Box::new(|id| Ok(virtio(Vsock::new(id, vsock.cid, &vsock.socket)?))));
+    }
     if let Some(balloon) = &config.balloon {
         plan.push(Box::new(|id| {
             let discarder = Arc::clone(&shared.discarder);
@@ -156,6 +179,15 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
 
 fn virtio(device: impl VirtioDevice + 'static) -> Model {
     Model::Virtio(Arc::new(device))
+    let mut plan: Vec<Make<'_>> = Vec::new();
+    if config.console.is_there() {
+        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(make_console(id, &config.console)?)))));
+    }
+    plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
+    if let Some(vsock) = &config.vsock {
+        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Vsock::new(id, vsock.cid, &vsock.socket)?)))));
+    }
+    plan
 }
 
 /// Makes all devices of the configuration whose names are not in `present`. All must have names.

@@ -19,6 +19,7 @@ use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, PayloadConfig, VmConfig};
 use crate::control::StopReason;
 use crate::emulated::{Model, Shared, Unit, make_units};
+use crate::emulated::{Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
@@ -255,6 +256,11 @@ impl Lifecycle {
             announce(&format!("the debug console is at {}", path.display()));
             config.debug_console.file = Some(path.to_owned());
         }
+        let units = make_units(&config, &[]).map_err(MachineError::from)?;
+        if let Some(path) = units.iter().find_map(Unit::terminal) {
+            announce(&format!("the console is at {}", path.display()));
+            config.console.target.file = Some(path);
+        }
         let lifetime = Lifetime {
             kvm: Arc::clone(&self.kvm),
             signals: Arc::clone(&self.signals),
@@ -266,6 +272,7 @@ impl Lifecycle {
             latched: Vec::new(),
             units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
             shared,
+            units,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
@@ -443,7 +450,11 @@ impl Lifecycle {
     fn add_emulated(&mut self, addition: Addition) -> Result<Completion, VmError> {
         let vm = self.vm()?;
         let mut config = vm.config.clone();
+        let before = config.emulated_mut().len();
         (addition.0)(&mut config);
+        if config.emulated_mut().len() == before {
+            return Err(VmError::TooManyVsocks);
+        }
         config.validate_all_devices()?;
         let Some((running, lifetime)) = &mut vm.machine else {
             vm.config = config;

@@ -104,7 +104,7 @@ pub enum MachineError {
     #[error(transparent)]
     Serial(#[from] SerialError),
     /// The other end of the serial port.
-    #[error(transparent)]
+    #[error("--serial: {0}")]
     Console(#[from] BackendError),
     /// The other end of the debug console.
     #[error("the debug console (--debug-console) cannot be connected")]

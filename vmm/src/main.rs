@@ -9,6 +9,7 @@ mod assigned;
 mod cli;
 mod client;
 mod config;
+mod console;
 mod control;
 mod ctl;
 mod disks;

@@ -39,6 +39,9 @@ pub enum VmError {
         /// The name asked for.
         id: String,
     },
+    /// A second one of a device that a machine has once.
+    #[error("Too many virtio-vsock devices")]
+    TooManyVsocks,
     /// A power policy or action that is not possible.
     #[error("the device's power cannot be handled so")]
     Power(#[from] ControlError),

@@ -1,4 +1,5 @@
 //! Where the bytes of a serial port or debug console go to and come from: nothing, the terminal, a file, a pseudoterminal or a Unix socket.
+//! Where the bytes of a serial port or a virtio console go to and come from: nothing, the terminal, a file, a pseudoterminal or a Unix socket.
 //!
 //! A backend outlives the machine: a guest reboot builds a new [`Serial`](super::Serial) over the same backend, so the path
 //! of a pseudoterminal stays, a client stays connected, and no input is lost.
@@ -17,22 +18,23 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use event_manager::{EventOps, EventSet, Events};
+use event_manager::EventSet;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
 
 use super::output::Output;
 use super::stream::{Direction, Stream};
 use super::terminal;
+use super::watch::WatchList;
 
 /// Token of the descriptor read from.
-pub(super) const INPUT: u32 = 1;
+pub(crate) const INPUT: u32 = 1;
 /// Token of the descriptor written to.
-pub(super) const OUTPUT: u32 = 2;
+pub(crate) const OUTPUT: u32 = 2;
 /// Token of the timer of the output window.
-pub(super) const WINDOW: u32 = 3;
+pub(crate) const WINDOW: u32 = 3;
 /// Token of the listening socket.
-pub(super) const LISTENER: u32 = 4;
+pub(crate) const LISTENER: u32 = 4;
 
 /// What a serial port is connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -73,9 +75,7 @@ pub enum BackendError {
     )]
     Pty(#[source] io::Error),
     /// The socket cannot be made.
-    #[error(
-        "cannot listen on '{path}' for the serial port; check the directory, or remove the file if nobody uses it"
-    )]
+    #[error("cannot listen on '{path}'; check the directory, or remove the file if nobody uses it")]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -90,7 +90,7 @@ pub enum BackendError {
 
 /// What there was to read.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Received {
+pub(crate) enum Received {
     /// So many bytes.
     Bytes(usize),
     /// Nothing now.
@@ -122,7 +122,7 @@ pub struct Backend {
     listener: Option<Listener>,
     pty: Option<PathBuf>,
     /// Keeps the pseudoterminal from hanging up while no program has it open.
-    _slave: Option<OwnedFd>,
+    slave: Option<OwnedFd>,
     raw_terminal: bool,
 }
 
@@ -174,6 +174,22 @@ impl Backend {
         self.pty.as_deref()
     }
 
+    /// Columns and rows of the terminal at the other end, if there is one.
+    pub fn window(&self) -> Option<(u16, u16)> {
+        let size = match &self.slave {
+            Some(slave) => tcgetwinsize(slave),
+            None if self.raw_terminal => tcgetwinsize(io::stdin()),
+            None => return None,
+        };
+        size.ok().map(|size| (size.ws_col, size.ws_row))
+    }
+
+    /// Takes bytes from the guest.
+    pub(crate) fn send(&self, bytes: &[u8]) {
+        let mut output = self.output();
+        bytes.iter().for_each(|byte| output.push(*byte));
+    }
+
     /// Writes out what is still queued, as far as the reader takes it. To be called before the process ends.
     pub fn flush(&self) {
         self.output().drain();
@@ -191,7 +207,7 @@ impl Backend {
             output: Mutex::new(output),
             listener: None,
             pty: None,
-            _slave: None,
+            slave: None,
             raw_terminal: false,
         })
     }
@@ -239,7 +255,7 @@ impl Backend {
         // A pseudoterminal that nobody has opened is the normal case, not worth a vCPU's wait.
         let mut backend = Self::new(&path.display().to_string(), Some(source), Some(sink), false)?;
         backend.pty = Some(path);
-        backend._slave = Some(slave);
+        backend.slave = Some(slave);
         Ok(backend)
     }
 
@@ -262,35 +278,31 @@ impl Backend {
         self.input.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn output(&self) -> MutexGuard<'_, Output> {
+    pub(crate) fn output(&self) -> MutexGuard<'_, Output> {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts every descriptor on the watch list of the event loop.
-    pub(super) fn watch(&self, ops: &mut EventOps<'_>) {
-        watch(ops, self.output().timer_fd(), WINDOW, EventSet::IN);
+    pub(crate) fn watch(&self, ops: &mut impl WatchList) {
+        ops.watch(self.output().timer_fd(), WINDOW, EventSet::IN);
         if let Some(listener) = &self.listener {
-            watch(ops, listener.socket.as_raw_fd(), LISTENER, EventSet::IN);
+            ops.watch(listener.socket.as_raw_fd(), LISTENER, EventSet::IN);
         }
         self.watch_streams(ops);
     }
 
-    fn watch_streams(&self, ops: &mut EventOps<'_>) {
+    fn watch_streams(&self, ops: &mut impl WatchList) {
         if let Some(source) = &self.input().source {
-            watch(
-                ops,
-                source.as_raw_fd(),
-                INPUT,
-                EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED,
-            );
+            let events = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+            ops.watch(source.as_raw_fd(), INPUT, events);
         }
         if let Some(fd) = self.output().sink_fd() {
-            watch(ops, fd, OUTPUT, EventSet::OUT | EventSet::EDGE_TRIGGERED);
+            ops.watch(fd, OUTPUT, EventSet::OUT | EventSet::EDGE_TRIGGERED);
         }
     }
 
     /// Reads at most `buffer.len()` bytes of input.
-    pub(super) fn receive(&self, buffer: &mut [u8]) -> Received {
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Received {
         let mut input = self.input();
         if !input.unread.is_empty() {
             let count = buffer.len().min(input.unread.len());
@@ -317,41 +329,38 @@ impl Backend {
     }
 
     /// Takes the input off the watch list for good, and with it the client of a socket.
-    pub(super) fn hang_up(&self, ops: &mut EventOps<'_>) {
+    pub(crate) fn hang_up(&self, ops: &mut impl WatchList) {
         if let Some(source) = self.input().source.take() {
-            unwatch(ops, source.as_raw_fd());
+            ops.unwatch(source.as_raw_fd());
         }
         if self.listener.is_some() {
             let mut output = self.output();
             if let Some(fd) = output.sink_fd() {
-                unwatch(ops, fd);
+                ops.unwatch(fd);
             }
             output.connect(None);
         }
     }
 
     /// Accepts whoever has connected; the newest client replaces the one before, which may be a dead one.
-    pub(super) fn accept(&self, ops: &mut EventOps<'_>) {
+    pub(crate) fn accept(&self, ops: &mut impl WatchList) {
         let Some(listener) = &self.listener else { return };
         loop {
             match listener.socket.accept() {
                 Ok((client, _)) => {
                     self.hang_up(ops);
                     if let Err(error) = self.connect(client) {
-                        log::warn!(
-                            "serial port: cannot serve the client of '{}': {error}",
-                            listener.path.display()
-                        );
+                        log::warn!("cannot serve the client of '{}': {error}", listener.path.display());
                     }
                     self.watch_streams(ops);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        log::warn!("serial port: cannot accept on '{}': {error}", listener.path.display());
+                        log::warn!("cannot accept on '{}': {error}", listener.path.display());
                         // A listener that fails stays readable; without this the event loop would spin.
                         if error.kind() != io::ErrorKind::ConnectionAborted {
-                            unwatch(ops, listener.socket.as_raw_fd());
+                            ops.unwatch(listener.socket.as_raw_fd());
                         }
                     }
                     return;
@@ -386,17 +395,4 @@ impl Drop for Backend {
 fn is_stale_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
         && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-}
-
-fn watch(ops: &mut EventOps<'_>, fd: i32, token: u32, set: EventSet) {
-    if let Err(error) = ops.add(Events::with_data_raw(fd, token, set)) {
-        // Regular files and some devices cannot be watched, and need not be: they are always ready.
-        log::debug!("serial port: descriptor {fd} is not watched: {error}");
-    }
-}
-
-fn unwatch(ops: &mut EventOps<'_>, fd: i32) {
-    if let Err(error) = ops.remove(Events::empty_raw(fd)) {
-        log::debug!("serial port: descriptor {fd} was not watched: {error}");
-    }
 }

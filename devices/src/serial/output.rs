@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Queue and descriptor of the transmit side.
 #[derive(Debug)]
-pub(super) struct Output {
+pub(crate) struct Output {
     /// What messages call it.
     name: String,
     sink: Option<Stream>,
@@ -111,7 +111,7 @@ impl Output {
     }
 
     /// The window's timer has fired.
-    pub(super) fn close_window(&mut self) {
+    pub(crate) fn close_window(&mut self) {
         let mut expirations = [0; 8];
         // An error means that it was armed again meanwhile; closing early only costs a write.
         let _ = rustix::io::read(&self.timer, &mut expirations);
@@ -120,7 +120,7 @@ impl Output {
     }
 
     /// Writes as much of the queue as the descriptor takes.
-    pub(super) fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         while !self.queue.is_empty() {
             let Some(sink) = &self.sink else {
                 self.queue.clear();
@@ -176,6 +176,7 @@ impl Output {
         // A client that goes away is no fault, and the event loop sees it go.
         if !self.failed && error.kind() != io::ErrorKind::BrokenPipe {
             log::warn!("guest's output: cannot write to {}: {error}; output is lost", self.name);
+            log::warn!("cannot write the guest's output to {}: {error}; it is lost", self.name);
         }
         self.failed = true;
     }

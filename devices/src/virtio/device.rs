@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -180,6 +181,11 @@ pub trait VirtioDevice: Debug + Send + Sync {
     /// Bytes of the machine's memory that the guest has given up to it.
     fn withheld_memory(&self) -> u64 {
         0
+    }
+
+    /// The pseudoterminal behind it.
+    fn terminal(&self) -> Option<PathBuf> {
+        None
     }
 
     /// What it has counted, by Cloud Hypervisor's names.

@@ -17,5 +17,6 @@ if [ "$(option mode)" = shell ]; then
 fi
 # From here on the console carries commands and answers; only a panic may cut in.
 dmesg -n 1
-stty -F /dev/ttyS0 115200 raw -echo
-while :; do sh /etc/agent </dev/ttyS0 >/dev/ttyS0 2>&1; done
+tty=$(option tty); tty=/dev/${tty:-ttyS0}
+stty -F $tty 115200 raw -echo
+while :; do sh /etc/agent <$tty >$tty 2>&1; done

@@ -10,7 +10,7 @@ use vfio_pm::PolicyChange;
 
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
-use crate::config::{Descriptors, DeviceConfig, DiskConfig, NetConfig, VmConfig};
+use crate::config::{Descriptors, DeviceConfig, DiskConfig, NetConfig, VmConfig, VsockConfig};
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
 
@@ -87,7 +87,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.add-net", "The network device could not be added to the VM", Endpoint::BodyAndFiles(add_net)),
     ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
-    ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Absent("virtio-vsock")),
+    ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Body(add_vsock)),
     ("vm.resize-disk", "The disk could not be resized", Endpoint::Body(resize_disk)),
     ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Body(resize_zone)),
     ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Absent("snapshots")),
@@ -266,6 +266,14 @@ fn add_net(api: &Api, body: &[u8], files: Vec<OwnedFd>) -> Result<Answer, Failur
         net.fds = Some(Descriptors::of_files(files));
     }
     add_emulated(api, move |config| config.net.get_or_insert_default().push(net))
+}
+
+fn add_vsock(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let vsock = parse::<VsockConfig>(body)?;
+    // The second is not inserted, which is an error.
+    add_emulated(api, move |config| {
+        config.vsock.get_or_insert(vsock);
+    })
 }
 
 #[derive(Deserialize)]

@@ -56,8 +56,9 @@ const PLAIN: [&str; 9] = [
     "vm.power-button",
     "vm.nmi",
 ];
-const BODIES: [&str; 9] = [
+const BODIES: [&str; 10] = [
     "vm.add-net",
+    "vm.add-vsock",
     "vm.create",
     "vm.resize",
     "vm.resize-zone",

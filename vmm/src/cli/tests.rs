@@ -27,7 +27,7 @@ fn a_machine_with_two_devices_is_read() {
     let payload = config.payload.unwrap();
     assert_eq!((payload.kernel.unwrap().to_str(), payload.cmdline.as_deref()), (Some("k"), Some("quiet")));
     assert_eq!((config.cpus.boot_vcpus, config.cpus.max_vcpus, config.memory.size), (2, 2, 1 << 30));
-    assert_eq!((config.serial.mode, config.console.mode), (ConsoleMode::Tty, ConsoleMode::Off));
+    assert_eq!((config.serial.mode, config.console.target.mode), (ConsoleMode::Tty, ConsoleMode::Off));
     let devices = config.devices.unwrap();
     assert_eq!(
         (devices[0].power, devices[0].wake, devices[0].hold_off),
@@ -69,7 +69,7 @@ fn devices_can_be_repeated() {
 fn defaults_are_cloud_hypervisors_but_for_the_console() {
     let (config, log) = machine("--kernel k");
     assert_eq!((config.cpus, config.memory), (CpusConfig::default(), MemoryConfig::default()));
-    assert_eq!((config.serial.mode, config.console.mode), (ConsoleMode::Null, ConsoleMode::Off));
+    assert_eq!((config.serial.mode, config.console.target.mode), (ConsoleMode::Null, ConsoleMode::Off));
     assert_eq!((config.devices, config.platform, log.level), (None, None, LevelFilter::Warn));
 }
 

@@ -39,7 +39,6 @@ absent! {
     pmem => "pmem (--pmem)",
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
-    vsock => "vsock (--vsock)",
     iommu => "iommu (a device with iommu=on)",
     rtc => "rtc (--rtc)",
     pci_segments => "pci_segments (--pci-segment)",

@@ -3,18 +3,15 @@
 //! One function for each option with a grammar of its own. Only the form is checked here; what the values
 //! mean together is checked by [`VmConfig::validate`](super::VmConfig::validate).
 
-use std::path::PathBuf;
-
 use super::option_parser::{
     ByteSized, IntegerList, Key, OptionError, OptionValue, Options, StringList, Toggle, Tuples,
 };
 use super::{
-    ConsoleConfig, ConsoleMode, CoreScheduling, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology,
-    CpusConfig, DeviceConfig, HotplugMethod, LostPolicy, MemoryConfig, PlatformConfig, PowerChoice,
-    WakePolicy,
+    CoreScheduling, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig, DeviceConfig,
+    HotplugMethod, LostPolicy, MemoryConfig, PlatformConfig, PowerChoice, WakePolicy,
 };
 
-use Key::{Value, Word};
+use Key::Value;
 
 impl CpusConfig {
     /// From the value of `--cpus`.
@@ -85,54 +82,6 @@ impl MemoryConfig {
             thp: options.toggle("thp", default.thp)?,
             zones: None,
         })
-    }
-}
-
-impl ConsoleConfig {
-    /// From the value of `option`, which is `--serial` or `--console`.
-    pub fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
-        const KEYS: &[Key] = &[
-            Word("off"),
-            Word("null"),
-            Word("pty"),
-            Word("tty"),
-            Value("file"),
-            Value("socket"),
-            Value("id"),
-            Value("iommu"),
-            Value("pci_segment"),
-            Value("pci_device_id"),
-        ];
-        // Those from "id" on are of a PCI device.
-        let keys = if option == "--console" { KEYS } else { &KEYS[..6] };
-        let mode_error = || OptionError::Mode { option, value: text.to_owned() };
-        let options = Options::parse(option, text, keys).map_err(|e| match e {
-            OptionError::UnknownKey { .. } => mode_error(),
-            e => e,
-        })?;
-        let file: Option<PathBuf> = options.get("file")?;
-        let socket: Option<PathBuf> = options.get("socket")?;
-        let modes = [
-            (options.has("off"), ConsoleMode::Off),
-            (options.has("null"), ConsoleMode::Null),
-            (options.has("pty"), ConsoleMode::Pty),
-            (options.has("tty"), ConsoleMode::Tty),
-            (file.is_some(), ConsoleMode::File),
-            (socket.is_some(), ConsoleMode::Socket),
-        ];
-        let mut given = modes.iter().filter(|(given, _)| *given).map(|&(_, mode)| mode);
-        match (given.next(), given.next()) {
-            (Some(mode), None) => Ok(Self {
-                mode,
-                file,
-                socket,
-                id: options.get("id")?,
-                iommu: options.toggle("iommu", false)?,
-                pci_segment: options.get_or_default("pci_segment")?,
-                pci_device_id: options.get("pci_device_id")?,
-            }),
-            _ => Err(mode_error()),
-        }
     }
 }
 

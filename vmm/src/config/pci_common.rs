@@ -59,9 +59,13 @@ impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
         let mut devices = Vec::new();
+        if self.console.is_there() {
+            devices.push((Only("__console"), &mut self.console.pci));
+        }
         devices.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
         devices.extend(self.net.iter_mut().flatten().map(|net| (Numbered("_net"), &mut net.pci)));
         devices.push((Only("__rng"), &mut self.rng.pci));
+        devices.extend(self.vsock.iter_mut().map(|vsock| (Numbered("_vsock"), &mut vsock.pci)));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
             devices.push((Only("__watchdog"), &mut self.watchdog_pci));
@@ -84,7 +88,11 @@ impl VmConfig {
             "__balloon" => self.balloon.take().is_some(),
             "__watchdog" => std::mem::take(&mut self.watchdog),
             "__pvpanic" => std::mem::take(&mut self.pvpanic),
-            _ => remove(&mut self.disks, id, |disk| &disk.pci) || remove(&mut self.net, id, |net| &net.pci),
+            _ => {
+                remove(&mut self.disks, id, |disk| &disk.pci)
+                    || remove(&mut self.net, id, |net| &net.pci)
+                    || self.vsock.take_if(|vsock| vsock.pci.id.as_deref() == Some(id)).is_some()
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use super::*;
 
 fn machine() -> VmConfig {
     let payload = PayloadConfig { kernel: Some("k".into()), ..Default::default() };
-    VmConfig { payload: Some(payload), console: ConsoleConfig::off(), ..Default::default() }
+    VmConfig { payload: Some(payload), ..Default::default() }
 }
 
 fn error(change: impl FnOnce(&mut VmConfig)) -> String {
@@ -69,15 +69,17 @@ fn what_is_not_there_yet_is_refused_by_name() {
     for key in ["fd=3", "iommu=on", "pci_segment=1", "x_nv_gpudirect_clique=0"] {
         assert!(device(key).contains(key.split('=').next().unwrap()), "{key}");
     }
-    assert!(error(|c| c.console.mode = ConsoleMode::Tty).contains("--console"));
-    let console = |text: &str| {
-        error(|c| c.console = ConsoleConfig::parse("--console", &format!("null,{text}")).unwrap())
-    };
-    for key in ["id=c", "iommu=on", "pci_segment=1", "pci_device_id=3"] {
+    let console =
+        |text: &str| error(|c| c.console = VirtioConsoleConfig::parse(&format!("null,{text}")).unwrap());
+    for key in ["iommu=on", "pci_segment=1"] {
         let message = console(key);
         assert!(message.contains(key.split('=').next().unwrap()), "{key}: {message}");
         assert!(message.contains("not in Dormouse yet"), "{key}: {message}");
     }
+    assert!(console("pci_device_id=32").contains("pci_device_id=32"));
+    let vsock = |text: &str| error(|c| c.vsock = Some(VsockConfig::parse(text).unwrap()));
+    assert!(vsock("cid=2,socket=/v").contains("cid=2"));
+    assert!(vsock("cid=3,socket=/v,iommu=on").contains("iommu"));
 }
 
 #[test]
@@ -120,7 +122,7 @@ fn defaults_spelled_out_are_accepted() {
         )
         .unwrap(),
     );
-    config.console = ConsoleConfig::parse("--console", "off,iommu=off,pci_segment=0").unwrap();
+    config.console = VirtioConsoleConfig::parse("off,iommu=off,pci_segment=0").unwrap();
     config.validate().unwrap();
     assert_eq!(config.cpus.arch_topology().unwrap().vcpus(), 4);
 }

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use acpi::smbios::SystemIdentity;
 use arch::layout::MIN_RAM;
 use arch::topology::TopologyError;
-use devices::serial::SerialMode;
 use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
     ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig,
+    VmConfig,
+    ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig, PlatformConfig,
     VmConfig,
 };
 
@@ -145,6 +146,12 @@ pub enum ConfigError {
         /// The number.
         number: u8,
     },
+    /// A console that cannot be had.
+    #[error(transparent)]
+    Console(#[from] super::ConsoleError),
+    /// A socket device that makes no sense.
+    #[error(transparent)]
+    Vsock(#[from] super::VsockConfigError),
     /// More root ports than there can be.
     #[error("--platform hotplug_ports={ports} is not possible; bus 0 has room for 31 root ports")]
     HotplugPorts {
@@ -191,7 +198,7 @@ impl VmConfig {
         self.cpus.validate()?;
         self.memory.validate()?;
         super::numa::validate(self)?;
-        self.console.validate_as_console()?;
+        self.validate_console()?;
         self.debug_console.validate()?;
         self.absent.validate()?;
         self.validate_balloon()?;
@@ -214,6 +221,7 @@ impl VmConfig {
         validate_devices(self.devices.as_deref().unwrap_or_default())?;
         self.validate_disks()?;
         self.validate_net()?;
+        self.vsock.iter().try_for_each(super::VsockConfig::validate)?;
         self.validate_names_and_places()
     }
 
@@ -226,30 +234,6 @@ impl VmConfig {
             removed = devices.len() < before;
         }
         removed || self.remove_emulated(id)
-    }
-}
-
-impl ConsoleConfig {
-    /// As the paravirtual console. (A serial port takes any mode, and clients fill in the rest for it without meaning it.)
-    fn validate_as_console(&self) -> Result<(), ConfigError> {
-        let has_device = !matches!(self.mode, ConsoleMode::Off | ConsoleMode::Null);
-        refuse(has_device, "--console other than off and null")?;
-        refuse(self.id.is_some(), "--console id")?;
-        refuse(self.iommu, "--console iommu=on")?;
-        refuse(self.pci_segment != 0, "--console pci_segment other than 0")?;
-        refuse(self.pci_device_id.is_some(), "--console pci_device_id")
-    }
-
-    /// As the serial port takes it.
-    pub fn serial_mode(&self) -> SerialMode {
-        match (self.mode, &self.file, &self.socket) {
-            (ConsoleMode::Off, ..) => SerialMode::Off,
-            (ConsoleMode::Pty, ..) => SerialMode::Pty,
-            (ConsoleMode::Tty, ..) => SerialMode::Tty,
-            (ConsoleMode::File, Some(path), _) => SerialMode::File(path.clone()),
-            (ConsoleMode::Socket, _, Some(path)) => SerialMode::Socket(path.clone()),
-            (ConsoleMode::Null | ConsoleMode::File | ConsoleMode::Socket, ..) => SerialMode::Null,
-        }
     }
 }
 

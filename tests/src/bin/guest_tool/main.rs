@@ -15,12 +15,14 @@
 //! - `guest_tool storm SECONDS SEED ADDRESS LENGTH`: random accesses to registers in memory space; see [`storm`].
 //! - `guest_tool cpuid LEAF`: the four registers that CPUID gives for a leaf.
 //! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
+//! - `guest_tool vsock ...`: sockets to the host; see [`vsock`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
 mod disk;
 mod storm;
+mod vsock;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -53,8 +55,9 @@ fn main() -> ExitCode {
         ["cpuid", leaf] => cpuid(leaf),
         ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
+        ["vsock", rest @ ..] => vsock::run(rest),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm|vsock ...",
         )),
     };
     match result {
