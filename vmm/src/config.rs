@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod balloon;
+mod console;
 mod cpus;
 mod debug_console;
 mod descriptors;
 mod disk;
-mod console;
 mod endpoint;
 mod memory;
 mod net;
@@ -32,11 +32,11 @@ mod vsock;
 
 pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
+pub use console::{ConsoleError, VirtioConsoleConfig};
 pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
 pub use descriptors::Descriptors;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
-pub use console::{ConsoleError, VirtioConsoleConfig};
 pub use endpoint::Endpoint;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
 pub use net::{NetConfig, NetError, VhostChoice};

@@ -3,8 +3,8 @@
 //! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
-use std::rc::Rc;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use devices::block::DiskError;
@@ -15,17 +15,17 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
-use devices::virtio::watchdog::{CurrentMachine, Watchdog};
 use devices::virtio::vsock::{Vsock, VsockError};
+use devices::virtio::watchdog::{CurrentMachine, Watchdog};
 use pci::DevFn;
 use pci::bar::BarError;
 
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
+use crate::console::{ConsoleUnitError, make_console};
 use crate::disks::{DiskUnit, Groups, make_disk};
 use crate::nets::{NetUnitError, make_net};
 use crate::panic_events::PanicTeller;
-use crate::console::{ConsoleUnitError, make_console};
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -179,15 +179,6 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
 
 fn virtio(device: impl VirtioDevice + 'static) -> Model {
     Model::Virtio(Arc::new(device))
-    let mut plan: Vec<Make<'_>> = Vec::new();
-    if config.console.is_there() {
-        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(make_console(id, &config.console)?)))));
-    }
-    plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
-    if let Some(vsock) = &config.vsock {
-        plan.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Vsock::new(id, vsock.cid, &vsock.socket)?)))));
-    }
-    plan
 }
 
 /// Makes all devices of the configuration whose names are not in `present`. All must have names.

@@ -19,7 +19,6 @@ use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, PayloadConfig, VmConfig};
 use crate::control::StopReason;
 use crate::emulated::{Model, Shared, Unit, make_units};
-use crate::emulated::{Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
@@ -256,7 +255,7 @@ impl Lifecycle {
             announce(&format!("the debug console is at {}", path.display()));
             config.debug_console.file = Some(path.to_owned());
         }
-        let units = make_units(&config, &[]).map_err(MachineError::from)?;
+        let units = make_units(&config, &[], &shared).map_err(MachineError::from)?;
         if let Some(path) = units.iter().find_map(Unit::terminal) {
             announce(&format!("the console is at {}", path.display()));
             config.console.target.file = Some(path);
@@ -270,9 +269,8 @@ impl Lifecycle {
             debug_console,
             battery: Battery::default(),
             latched: Vec::new(),
-            units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
-            shared,
             units,
+            shared,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;

@@ -11,12 +11,7 @@ use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
-use super::{
-    ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig,
-    VmConfig,
-    ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig, PlatformConfig,
-    VmConfig,
-};
+use super::{CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig, VmConfig};
 
 /// Where it is written what Dormouse has of Cloud Hypervisor.
 const COMPATIBILITY: &str = "docs/compatibility.md";

@@ -16,12 +16,15 @@
 //! - `guest_tool cpuid LEAF`: the four registers that CPUID gives for a leaf.
 //! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool vsock ...`: sockets to the host; see [`vsock`].
+//! - `guest_tool break-rings BDF QUEUE`: a virtio driver that does all that it must not; see [`virtio`].
+//! - `guest_tool watchdog BDF COUNT`: gives the virtio watchdog COUNT signs of life, one a second, and then none.
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
 mod disk;
 mod storm;
+mod virtio;
 mod vsock;
 
 use std::fs::{self, File, OpenOptions};
@@ -56,8 +59,10 @@ fn main() -> ExitCode {
         ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
         ["vsock", rest @ ..] => vsock::run(rest),
+        ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue),
+        ["watchdog", bdf, count] => virtio::watchdog(bdf, count),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm|vsock ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm|vsock|break-rings|watchdog ...",
         )),
     };
     match result {
