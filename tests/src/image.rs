@@ -21,13 +21,43 @@ use crate::kernel::{self, KernelFiles};
 use crate::paths;
 use crate::spec::Kernel;
 
-const AGENT: &str = include_str!("image/agent.sh");
+/// Serves commands on a console.
+pub const AGENT: &str = include_str!("image/agent.sh");
+const DISK_ROOT: &str = include_str!("image/disk-root.sh");
+const PEERS: &str = include_str!("image/peers.sh");
 const HOST_INIT: &str = include_str!("image/host-init.sh");
 const GUEST_INIT: &str = include_str!("image/guest-init.sh");
-const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
+const HOST_MODULES: [&str; 14] = [
+    "kvm_amd",
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "uio_pci_generic",
+    // The disks with Debian, and what disks and networks of VMs are made of.
+    "virtio_blk",
+    "ext4",
+    "loop",
+    "dm_mod",
+    "dm_flakey",
+    "tun",
+    "bridge",
+    "vhost_net",
+    "vhost_vsock",
+    "nbd",
+];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 7] = ["e1000e", "igb", "virtio_pci", "virtio_gpu", "nvme", "button", "evdev"];
+const GUEST_MODULES: [&str; 10] = [
+    "e1000e",
+    "igb",
+    "virtio_pci",
+    "virtio_gpu",
+    "nvme",
+    "button",
+    "evdev",
+    "virtio_blk",
+    "ext4",
+    "crc32c_generic",
+];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\
@@ -53,6 +83,7 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
         ("dormouse", &artifacts.dormouse),
         ("vfio_probe", &artifacts.vfio_probe),
         ("api_client", &artifacts.api_client),
+        ("guest_tool", &artifacts.guest_tool),
     ])?)?;
     for guest in guests {
         append(&guest_payload(artifacts, *guest)?)?;
@@ -107,7 +138,18 @@ fn host_base(kernel: Kernel) -> Result<Base> {
 /// The base image, from the cache when nothing it is made of has changed.
 fn cached(base: &Base) -> Result<Vec<u8>> {
     let mut hasher = DefaultHasher::new();
-    ("2", &base.name, &base.kernel.release, base.modules, base.init, base.motd, AGENT, USERS)
+    (
+        "2",
+        &base.name,
+        &base.kernel.release,
+        base.modules,
+        base.init,
+        base.motd,
+        AGENT,
+        USERS,
+        DISK_ROOT,
+        PEERS,
+    )
         .hash(&mut hasher);
     fs::metadata(busybox()?).map(|m| m.len()).unwrap_or_default().hash(&mut hasher);
     let dir = paths::cache()?.join("images");
@@ -150,6 +192,8 @@ fn build_base(base: &Base) -> Result<Vec<u8>> {
     archive.copy(&format!("{dir}/modules.builtin"), &base.kernel.modules.join("modules.builtin"))?;
     archive.file("init", base.init.as_bytes());
     archive.file("etc/agent", AGENT.as_bytes());
+    archive.file("etc/disk-root", DISK_ROOT.as_bytes());
+    archive.file("etc/peers", PEERS.as_bytes());
     archive.file("etc/passwd", USERS.as_bytes());
     archive.file("etc/motd", base.motd.as_bytes());
     Ok(archive.finish())

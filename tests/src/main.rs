@@ -27,6 +27,7 @@ mod paths;
 mod payload;
 mod promtool;
 mod qemu;
+mod rootfs;
 mod rpc;
 mod runner;
 mod scenarios;
@@ -85,7 +86,7 @@ fn prepare() -> Result<()> {
     for kernel in Kernel::ALL {
         kernel::obtain(kernel)?;
     }
-    Ok(())
+    rootfs::obtain().map(drop)
 }
 
 fn test(options: Test) -> Result<bool> {

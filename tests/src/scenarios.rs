@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod debian;
 mod doctor;
 mod endings;
 mod endurance;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Scenario> {
         endurance::table(),
         boot::table(),
         clients::table(),
+        debian::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
