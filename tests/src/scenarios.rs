@@ -7,6 +7,7 @@ mod bad_input;
 mod boot;
 mod clients;
 mod debian;
+mod disk;
 mod doctor;
 mod endings;
 mod endurance;
@@ -22,6 +23,7 @@ mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
+mod virtio;
 
 use crate::error::Result;
 use crate::runner::{Case, Scenario};
@@ -59,6 +61,8 @@ pub fn all() -> Vec<Scenario> {
         faults::table(),
         api::table(),
         tables::table(),
+        virtio::table(),
+        disk::table(),
     ]
     .concat()
 }

@@ -16,11 +16,12 @@ use vfio_pm::PolicyChange;
 use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
+use crate::emulated::{Model, Shared, Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
 use crate::multicall::Program;
-use crate::orders::{Completion, Order, Orders, Resize};
+use crate::orders::{Addition, Completion, Order, Orders, Resize};
 use crate::running::Running;
 use crate::status::{MachineView, Status, VmState};
 use crate::vm_error::VmError;
@@ -192,6 +193,8 @@ impl Lifecycle {
             Order::Nmi => self.running()?.nmi(),
             Order::Resize(resize) => self.resize(resize)?,
             Order::AddDevice(device) => return self.add_device(*device),
+            Order::AddEmulated(addition) => return self.add_emulated(addition),
+            Order::ResizeDisk { id, size } => self.resize_disk(&id, size)?,
             Order::RemoveDevice(id) => self.remove_device(&id)?,
             Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
             Order::End => {}
@@ -238,6 +241,7 @@ impl Lifecycle {
                 config.serial.file = Some(path.to_owned());
             }
         }
+        let shared = Shared::default();
         let lifetime = Lifetime {
             kvm: Arc::clone(&self.kvm),
             signals: Arc::clone(&self.signals),
@@ -246,6 +250,8 @@ impl Lifecycle {
             console,
             battery: Battery::default(),
             latched: Vec::new(),
+            units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
+            shared,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
@@ -347,16 +353,13 @@ impl Lifecycle {
         self.events.tell("vm", "resizing");
         let vm = self.vm()?;
         // Before anything is changed: an order is carried out whole or not at all.
-        if resize.balloon.is_some() {
-            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
-        }
+        let balloon = resize.balloon.map(|size| vm.config.with_balloon_of(size)).transpose()?;
         if vm.machine.is_none() {
             // Only the configuration changes; it is looked at when the machine starts.
             let cpus = &mut vm.config.cpus;
             cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
             vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
-            self.show_config();
         } else {
             let (vcpus, ram) = (vm.config.cpus.boot_vcpus, vm.config.memory.size);
             let refuse = |what, wanted: u64, now: u64| VmError::Resize {
@@ -371,6 +374,13 @@ impl Lifecycle {
                 return Err(refuse("the guest's RAM", wanted, ram));
             }
         }
+        if let (Some(balloon), Some(size)) = (balloon, resize.balloon) {
+            if let Some((_, lifetime)) = &vm.machine {
+                resize_unit(&lifetime.units, "__balloon", size)?;
+            }
+            vm.config.balloon = Some(balloon);
+        }
+        self.show_config();
         self.events.tell("vm", "resized");
         Ok(())
     }
@@ -379,7 +389,7 @@ impl Lifecycle {
         let vm = self.vm()?;
         let mut config = vm.config.clone();
         config.devices.get_or_insert_default().push(device);
-        config.validate_device_list()?;
+        config.validate_all_devices()?;
         let Some((running, _)) = &mut vm.machine else {
             vm.config = config;
             self.show_config();
@@ -402,6 +412,41 @@ impl Lifecycle {
         Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
     }
 
+    fn add_emulated(&mut self, addition: Addition) -> Result<Completion, VmError> {
+        let vm = self.vm()?;
+        let mut config = vm.config.clone();
+        (addition.0)(&mut config);
+        config.validate_all_devices()?;
+        let Some((running, lifetime)) = &mut vm.machine else {
+            vm.config = config;
+            self.show_config();
+            return Ok(Completion::Plain);
+        };
+        config.name_devices();
+        let unit = make_units(&config, &lifetime.units, &lifetime.shared).map_err(MachineError::from)?.pop();
+        let mut unit = unit.ok_or(VmError::NotRunning)?;
+        let moved = running.add_emulated(&unit)?;
+        // After a reboot of the guest it is where it is now.
+        unit.place = Some(moved.place);
+        config.set_place(&unit.id, moved.place);
+        lifetime.units.push(unit);
+        let view = MachineView::new(running.machine());
+        vm.config = config;
+        self.show_config();
+        self.status.set_devices(view);
+        Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), VmError> {
+        let vm = self.vm()?;
+        let (_, lifetime) = vm.machine.as_ref().ok_or(VmError::NotRunning)?;
+        let unit = lifetime.units.iter().find(|unit| unit.id == id);
+        match unit.map(|unit| &unit.model) {
+            Some(Model::Disk(disk)) => Ok(disk.block.resize(size)?),
+            _ => Err(VmError::UnknownDevice { id: id.to_owned() }),
+        }
+    }
+
     fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
         let unknown = || VmError::UnknownDevice { id: id.to_owned() };
         let vm = self.vm()?;
@@ -419,7 +464,7 @@ impl Lifecycle {
     /// The guest has let go of devices.
     fn devices_released(&mut self) {
         let Some(vm) = &mut self.vm else { return };
-        let Some((running, _)) = &mut vm.machine else { return };
+        let Some((running, lifetime)) = &mut vm.machine else { return };
         let (released, refused) = running.take_releases();
         if let Some((place, status)) = refused {
             running.assigned_mut().refused(place, status);
@@ -441,6 +486,7 @@ impl Lifecycle {
                 },
             );
             if let Some(id) = gone {
+                lifetime.units.retain(|unit| unit.id != id);
                 vm.config.remove_device(&id);
                 self.status.set_config(Some(&vm.config));
             }
@@ -475,6 +521,17 @@ impl Lifecycle {
         self.show_config();
         Ok(Completion::Policy(in_force))
     }
+}
+
+/// Gives one of the machine's own devices another size.
+fn resize_unit(units: &[Unit], id: &str, size: u64) -> Result<(), VmError> {
+    let unit = units.iter().find(|unit| unit.id == id);
+    let unit = unit.ok_or_else(|| VmError::UnknownDevice { id: id.to_owned() })?;
+    unit.resize(size).map_err(|why| VmError::Resize {
+        what: "the size of a device",
+        wanted: size,
+        why: format!("{id}: {why}"),
+    })
 }
 
 /// Tells the user, in the log if that shows it and otherwise on standard error.
