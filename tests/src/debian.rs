@@ -18,8 +18,8 @@ pub const KERNEL: Kernel = Kernel::Generic6_12;
 pub const RAW: &str = "path=/images/debian.raw,image_type=raw";
 /// The same content as qcow2.
 pub const QCOW2: &str = "path=/images/debian.qcow2,image_type=qcow2";
-/// The longest Debian may take to its login prompt: some 40 s on an idle machine.
-pub const BOOT: Duration = Duration::from_secs(240);
+/// The longest Debian may take to its login prompt: some 40 s on an idle machine, minutes on a loaded one.
+pub const BOOT: Duration = Duration::from_secs(420);
 /// What a login may take.
 const LOGIN: Duration = Duration::from_secs(30);
 
