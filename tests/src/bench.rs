@@ -6,6 +6,7 @@
 mod api;
 mod disk;
 mod net;
+mod login;
 mod power;
 mod start;
 mod wake;
@@ -52,7 +53,7 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     ("size", size),
     ("start", start::measure),
     ("api", api::measure),
@@ -62,6 +63,7 @@ const PARTS: [Part; 9] = [
     ("net", net::measure),
     ("boot", boot),
     ("disk", disk::measure),
+    ("login", login::measure),
 ];
 
 /// Measures what is called `name`, or all of it; false when a target is missed.

@@ -7,7 +7,9 @@ mod bad_input;
 mod boot;
 mod clients;
 mod cpus;
+mod debian;
 mod disk;
+mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
@@ -51,6 +53,8 @@ pub fn all() -> Vec<Scenario> {
         firmware::table(),
         clients::table(),
         cpus::table(),
+        debian::table(),
+        disk_faults::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),

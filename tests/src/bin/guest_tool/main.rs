@@ -18,11 +18,14 @@
 //! - `guest_tool vsock ...`: sockets to the host; see [`vsock`].
 //! - `guest_tool break-rings BDF QUEUE`: a virtio driver that does all that it must not; see [`virtio`].
 //! - `guest_tool watchdog BDF COUNT`: gives the virtio watchdog COUNT signs of life, one a second, and then none.
+//! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
+//!   [`records`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
 mod disk;
+mod records;
 mod storm;
 mod virtio;
 mod vsock;
@@ -61,8 +64,10 @@ fn main() -> ExitCode {
         ["vsock", rest @ ..] => vsock::run(rest),
         ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue),
         ["watchdog", bdf, count] => virtio::watchdog(bdf, count),
+        ["records", "write", disk] => records::write(disk),
+        ["records", "check", image, flushed] => records::check(image, flushed),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm|vsock|break-rings|watchdog ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|disk|drm|vsock|break-rings|watchdog|records ...",
         )),
     };
     match result {
