@@ -25,6 +25,7 @@ use crate::ops::Terms;
 use crate::pci_root::{self, device};
 use crate::platform::{AddressRange, LegacyDeviceDescription, PlatformDescription};
 use crate::pm1;
+use crate::{processor_abi, processors};
 
 const SERIAL_PORT_COUNT: u8 = 8;
 const RTC_PORT_COUNT: u8 = 2;
@@ -45,9 +46,7 @@ pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
     if let Some(rtc) = platform.rtc {
         legacy_device(&mut system_bus, "RTC_", "PNP0B00", rtc, RTC_PORT_COUNT);
     }
-    for uid in 0..platform.processors.len() {
-        processor(&mut system_bus, uid);
-    }
+    processors::processors(&mut system_bus, platform);
 
     let mut dsdt = Terms::new();
     dsdt.push(&Scope::new("\\_SB_".into(), vec![&system_bus]));
@@ -69,6 +68,9 @@ fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
         Box::new(ports(platform.fixed_hardware.event_block, pm1::EVENT_BLOCK_SIZE)),
         Box::new(ports(platform.fixed_hardware.control_block, pm1::CONTROL_BLOCK_SIZE)),
     ];
+    if let Some(hotplug) = platform.processor_hotplug {
+        resources.push(Box::new(memory(hotplug.registers, processor_abi::BLOCK_SIZE)));
+    }
     if let Some(registers) = platform.memory_slots {
         resources.push(Box::new(memory(registers, memory_abi::BLOCK_SIZE)));
     }
@@ -107,12 +109,4 @@ fn legacy_device(terms: &mut Terms, name: &str, id: &str, at: LegacyDeviceDescri
     let interrupt = Interrupt::new(true, true, false, false, u32::from(at.irq));
     children.push(&Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])));
     device(terms, name, &children);
-}
-
-/// A processor; the interrupt controller table names it by the same `_UID`.
-fn processor(terms: &mut Terms, uid: usize) {
-    let mut children = Terms::new();
-    children.push(&Name::new("_HID".into(), &"ACPI0007"));
-    children.push(&Name::new("_UID".into(), &uid));
-    device(terms, &format!("C{uid:03X}"), &children);
 }

@@ -32,6 +32,9 @@ pub const EVENT_PLACES: u32 = 1 << 2;
 /// EVENTS bit 3: CHANGED of the memory slots ([`memory_abi`](crate::memory_abi)) is not zero.
 pub const EVENT_MEMORY: u32 = 1 << 3;
 
+/// EVENTS bit 4: the registers of the processors ([`processor_abi`](crate::processor_abi)) have something new.
+pub const EVENT_PROCESSORS: u32 = 1 << 4;
+
 /// `Notify` value of a device that is new (ACPI 6.5, table 5.168: device check).
 pub const NOTIFY_DEVICE_CHECK: u8 = 0x01;
 /// `Notify` value of a device that is to go (ACPI 6.5, table 5.168: eject request).
@@ -55,6 +58,8 @@ pub enum Event {
     Wake,
     /// A function is new or is to go.
     Places,
+    /// A processor is new or is to go.
+    Processors,
     /// Memory has been added.
     Memory,
 }
@@ -66,6 +71,7 @@ impl Event {
             Self::PowerButton => EVENT_POWER_BUTTON,
             Self::Wake => EVENT_WAKE,
             Self::Places => EVENT_PLACES,
+            Self::Processors => EVENT_PROCESSORS,
             Self::Memory => EVENT_MEMORY,
         }
     }

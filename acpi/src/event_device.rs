@@ -48,6 +48,8 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
         with_places.push(&If::new(&And::new(&ZERO, &Local(0), &EVENT_PLACES), vec![&places]));
         release(&mut ged);
     }
+    let mut processors = Terms::new();
+    crate::processors::on_event(&mut processors, platform);
     let mut with_memory = Terms::new();
     if platform.memory_slots.is_some() {
         let added = memory_devices::notifications();
@@ -65,6 +67,7 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
             ),
             &If::new(&And::new(&ZERO, &Local(0), &EVENT_WAKE), vec![&wakes]),
             &with_places,
+            &processors,
             &with_memory,
         ],
     ));

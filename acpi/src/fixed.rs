@@ -95,7 +95,10 @@ mod structure {
 const MADT_REVISION: u8 = 6;
 /// There are 8259s beside the APICs, to be masked.
 const MADT_PCAT_COMPATIBLE: u32 = 1;
-const PROCESSOR_ENABLED: u32 = 1;
+/// The processor is there.
+pub(crate) const PROCESSOR_ENABLED: u32 = 1;
+/// The processor is not there and may come while the system runs.
+const PROCESSOR_ONLINE_CAPABLE: u32 = 1 << 1;
 /// Interrupt flags (table 5.26): edge-triggered, active high.
 const EDGE_HIGH: u16 = 1 << 2 | 1;
 /// The local interrupt pin that NMI is wired to.
@@ -108,22 +111,13 @@ pub(crate) fn madt(platform: &PlatformDescription) -> Vec<u8> {
     madt.append_slice(&MADT_PCAT_COMPATIBLE.to_le_bytes());
 
     let mut structures = Vec::new();
+    let present = platform.processor_hotplug.map_or(usize::MAX, |hotplug| hotplug.present);
     let mut x2apic = false;
-    for (uid, apic_id) in (0_u32..).zip(&platform.processors) {
-        // 255 is the broadcast id of an APIC, and means all processors as a UID.
-        match (u8::try_from(uid), u8::try_from(*apic_id)) {
-            (Ok(uid @ ..=254), Ok(apic_id @ ..=254)) => {
-                structures.extend_from_slice(&[structure::LOCAL_APIC, 8, uid, apic_id]);
-                structures.extend_from_slice(&PROCESSOR_ENABLED.to_le_bytes());
-            }
-            _ => {
-                x2apic = true;
-                structures.extend_from_slice(&[structure::LOCAL_X2APIC, 16, 0, 0]);
-                for field in [*apic_id, PROCESSOR_ENABLED, uid] {
-                    structures.extend_from_slice(&field.to_le_bytes());
-                }
-            }
-        }
+    for (number, apic_id) in platform.processors.iter().enumerate() {
+        let flags = if number < present { PROCESSOR_ENABLED } else { PROCESSOR_ONLINE_CAPABLE };
+        let entry = local_apic(u32::try_from(number).unwrap_or(u32::MAX), *apic_id, flags);
+        x2apic |= entry.first() == Some(&structure::LOCAL_X2APIC);
+        structures.extend_from_slice(&entry);
     }
     structures.extend_from_slice(&[structure::IO_APIC, 12, platform.interrupts.io_apic_id, 0]);
     let first_gsi = 0_u32;
@@ -150,6 +144,21 @@ pub(crate) fn madt(platform: &PlatformDescription) -> Vec<u8> {
     }
     madt.append_slice(&structures);
     madt.as_slice().to_vec()
+}
+
+/// The interrupt controller structure of a processor.
+pub(crate) fn local_apic(uid: u32, apic_id: u32, flags: u32) -> Vec<u8> {
+    // 255 is the broadcast id of an APIC, and means all processors as a UID.
+    if let (Ok(uid @ ..=254), Ok(apic_id @ ..=254)) = (u8::try_from(uid), u8::try_from(apic_id)) {
+        let mut entry = vec![structure::LOCAL_APIC, 8, uid, apic_id];
+        entry.extend_from_slice(&flags.to_le_bytes());
+        return entry;
+    }
+    let mut entry = vec![structure::LOCAL_X2APIC, 16, 0, 0];
+    for field in [apic_id, flags, uid] {
+        entry.extend_from_slice(&field.to_le_bytes());
+    }
+    entry
 }
 
 fn memory_byte(address: u64) -> GAS {

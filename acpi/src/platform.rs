@@ -31,8 +31,10 @@ pub struct PortRange {
 /// The whole machine, as far as firmware describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlatformDescription {
-    /// APIC id of each vCPU, in the order of their numbers; the first is the one that boots.
+    /// APIC id of each vCPU that there is or can be later, in the order of their numbers; the first is the one that boots.
     pub processors: Vec<u32>,
+    /// How processors come and go; `None` when all are there for good.
+    pub processor_hotplug: Option<ProcessorHotplugDescription>,
     /// Interrupt controllers.
     pub interrupts: InterruptDescription,
     /// The PCI Express hierarchy.
@@ -53,6 +55,15 @@ pub struct PlatformDescription {
     pub serial: Option<LegacyDeviceDescription>,
     /// The CMOS real-time clock; `None` tells the guest that there is none.
     pub rtc: Option<LegacyDeviceDescription>,
+}
+
+/// Processors that come and go while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessorHotplugDescription {
+    /// Address of their registers (see [`processor_abi`](crate::processor_abi)).
+    pub registers: u64,
+    /// How many are there at boot: the first ones.
+    pub present: usize,
 }
 
 /// The interrupt controllers of the machine.

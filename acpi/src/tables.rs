@@ -20,6 +20,7 @@ use crate::dsdt;
 use crate::fixed::{self, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::notify_abi::{self, ResourceIndex};
 use crate::platform::{AddressRange, FunctionDescription, PlatformDescription};
+use crate::processor_abi::{self, PROCESSOR_COUNT};
 
 /// Tables start at multiples of this; FACS needs it, the others take it.
 const ALIGNMENT: u64 = 64;
@@ -70,6 +71,16 @@ pub enum TableError {
     /// No vCPU, or more than the tables can name.
     #[error("the ACPI tables can describe 1 to {MAX_PROCESSORS} vCPUs, not {0}")]
     Processors(usize),
+    /// More than the registers can name, or more there than there can be.
+    #[error(
+        "{present} of {processors} processors cannot come and go: 1 to all of them can be there, of at most {PROCESSOR_COUNT}"
+    )]
+    PresentProcessors {
+        /// How many are there at boot.
+        present: usize,
+        /// How many there can be.
+        processors: usize,
+    },
     /// A range is empty, or does not fit where it has to.
     #[error(
         "the {what} at {base:#x} of {size:#x} bytes cannot be described: it is empty, wraps around or leaves its space"
@@ -187,6 +198,13 @@ fn check(platform: &PlatformDescription) -> Result<(), TableError> {
     let processors = platform.processors.len();
     if !(1..=MAX_PROCESSORS).contains(&processors) {
         return Err(TableError::Processors(processors));
+    }
+    if let Some(hotplug) = platform.processor_hotplug {
+        if !(1..=processors.min(PROCESSOR_COUNT)).contains(&hotplug.present) || processors > PROCESSOR_COUNT {
+            return Err(TableError::PresentProcessors { present: hotplug.present, processors });
+        }
+        let block = AddressRange { base: hotplug.registers, size: processor_abi::BLOCK_SIZE };
+        check_range("processor registers", block, u64::MAX)?;
     }
     if let sci @ 16.. = platform.fixed_hardware.sci {
         return Err(TableError::SystemControlInterrupt(sci));

@@ -3,6 +3,7 @@
 pub mod apic;
 pub mod boot;
 pub mod cpuid;
+mod hyperv;
 pub mod layout;
 pub mod loader;
 pub mod topology;

@@ -5,6 +5,7 @@
 //! a driver's start-up sequence throws the contents of the FIFO away, so a script piped into the VMM would lose its start.
 
 mod backend;
+pub mod debug_console;
 mod output;
 mod stream;
 pub mod terminal;

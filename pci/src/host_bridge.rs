@@ -5,9 +5,10 @@ use std::sync::{Mutex, PoisonError};
 use crate::config::{ConfigSpace, Identity};
 use crate::function::{BarIndex, PciFunction};
 
-/// Red Hat's generic PCI Express host bridge: no driver binds to it, and no quirk knows it.
+/// Cloud Hypervisor's: firmware that is built for that VMM knows by it which machine it is in. No driver binds to it, and no quirk
+/// knows it.
 const IDENTITY: Identity =
-    Identity { vendor: 0x1b36, device: 0x0008, revision: 0, class: 0x06_0000, subsystem: (0x1af4, 0x1100) };
+    Identity { vendor: 0x8086, device: 0x0d57, revision: 0, class: 0x06_0000, subsystem: (0x1af4, 0x1100) };
 
 /// The host bridge.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ mod tests {
         bridge.config_write(0x10, &[0xff; 4]);
         let mut data = [0; 0x14];
         bridge.config_read(0, &mut data);
-        assert_eq!(data[..4], [0x36, 0x1b, 0x08, 0]);
+        assert_eq!(data[..4], [0x86, 0x80, 0x57, 0x0d]);
         assert_eq!(data[8..], [0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0]);
         bridge.bar_read(0, 0, &mut data);
         assert_eq!(data, [0xff; 0x14]);

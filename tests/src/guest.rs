@@ -30,6 +30,8 @@ pub struct VmSpec {
     pub pvh: bool,
     /// Virtual processors.
     pub cpus: u32,
+    /// More keys of `--cpus` (`,max=4`).
+    pub cpu_keys: String,
     /// RAM, as `--memory size=` takes it.
     pub memory: String,
     /// Values of `--device`.
@@ -57,6 +59,7 @@ impl VmSpec {
             initramfs: None,
             pvh: false,
             cpus: 1,
+            cpu_keys: String::new(),
             memory: "512M".to_owned(),
             devices: Vec::new(),
             modules: Vec::new(),
@@ -84,6 +87,12 @@ impl VmSpec {
     /// The same VM with other processors.
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// The same VM with more keys of `--cpus`.
+    pub fn cpu_keys(mut self, keys: &str) -> Self {
+        self.cpu_keys.push_str(keys);
         self
     }
 
@@ -159,10 +168,11 @@ impl VmSpec {
         let devices: String = self.devices.iter().map(|device| format!(" --device {device}")).collect();
         format!(
             "dormouse --kernel {} --initramfs {initramfs} --cmdline '{}' \
-             --cpus boot={} --memory size={} --serial tty --console off{devices}{}",
+             --cpus boot={}{} --memory size={} --serial tty --console off{devices}{}",
             guest_path(self.kernel, image),
             self.kernel_words(),
             self.cpus,
+            self.cpu_keys,
             self.memory,
             self.options
         )

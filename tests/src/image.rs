@@ -27,7 +27,8 @@ const GUEST_INIT: &str = include_str!("image/guest-init.sh");
 const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 7] = ["e1000e", "igb", "virtio_pci", "virtio_gpu", "nvme", "button", "evdev"];
+const GUEST_MODULES: [&str; 8] =
+    ["e1000e", "igb", "virtio_pci", "virtio_gpu", "virtio_rng", "nvme", "button", "evdev"];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\

@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod cpus;
 mod doctor;
 mod endings;
 mod endurance;
@@ -22,6 +23,7 @@ mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
+mod virtio;
 
 use crate::error::Result;
 use crate::runner::{Case, Scenario};
@@ -43,6 +45,7 @@ pub fn all() -> Vec<Scenario> {
         endurance::table(),
         boot::table(),
         clients::table(),
+        cpus::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
@@ -59,6 +62,7 @@ pub fn all() -> Vec<Scenario> {
         faults::table(),
         api::table(),
         tables::table(),
+        virtio::table(),
     ]
     .concat()
 }

@@ -13,8 +13,9 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, MemoryZoneConfig, NumaConfig,
-    OptionError, PayloadConfig, PlatformConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
+    MemoryConfig, MemoryZoneConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
+    RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -28,12 +29,9 @@ mod tests;
 
 /// Options of Cloud Hypervisor that are refused, with or without values.
 const NOT_YET: &[&str] = &[
-    "balloon",
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "debug-console",
-    "disk",
     "fs",
     "fw-cfg-config",
     "gdb",
@@ -47,16 +45,12 @@ const NOT_YET: &[&str] = &[
     "pci-segment",
     "pmem",
     "pvmemcontrol",
-    "pvpanic",
-    "rate-limit-group",
     "restore",
-    "rng",
     "rtc",
     "tpm",
     "user-device",
     "vdpa",
     "vsock",
-    "watchdog",
 ];
 
 /// Boots a virtual machine whose assigned devices really sleep.
@@ -99,8 +93,8 @@ struct Run {
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry point.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
-    /// Firmware to boot (not there yet).
-    #[arg(long, value_name = "PATH", hide = true)]
+    /// Firmware to boot instead of a kernel: an ELF file with a PVH entry point, such as CLOUDHV.fd
+    #[arg(long, value_name = "PATH")]
     firmware: Option<PathBuf>,
     /// Initial RAM file system for the kernel.
     #[arg(long, value_name = "PATH")]
@@ -132,6 +126,30 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Debug console, a port for text: off, null, pty, tty or file=PATH, and iobase=0xe9
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    debug_console: String,
+    /// A device by which the guest's kernel says that it has panicked; it becomes an event
+    #[arg(long)]
+    pvpanic: bool,
+    /// Disk: path=FILE,readonly=off,direct=off,image_type=raw|qcow2,num_queues=1,queue_size=128,serial=,id=,rate_limit_group=,
+    /// bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,backing_files=off,sparse=on,lock_granularity=byte-range|full
+    /// and more. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    disk: Vec<String>,
+    /// Rate limit that several disks share: id=,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS and bursts.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    rate_limit_group: Vec<String>,
+    /// Source of the guest's random numbers: src=/dev/urandom
+    #[arg(long, value_name = "KEYS")]
+    rng: Option<String>,
+    /// Memory balloon: size=0,deflate_on_oom=off,free_page_reporting=off
+    #[arg(long, value_name = "KEYS")]
+    balloon: Option<String>,
+    /// Watchdog: resets a guest that has given it signs of life and falls silent
+    #[arg(long)]
+    watchdog: bool,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -381,6 +399,15 @@ fn with_refused(command: clap::Command) -> clap::Command {
     })
 }
 
+/// The values of an option that can be given several times.
+fn some<T>(
+    values: &[String],
+    parse: impl Fn(&str) -> Result<T, OptionError>,
+) -> Result<Option<Vec<T>>, OptionError> {
+    let all: Vec<T> = values.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
+    Ok((!all.is_empty()).then_some(all))
+}
+
 /// Help and version are answers; everything else is made one line.
 fn usage(error: &clap::Error) -> Result<Action, CliError> {
     let text = error.render().to_string();
@@ -418,7 +445,7 @@ impl Run {
         if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
             if let Some(option) = self.machine_option() {
                 return Err(CliError::Usage(format!(
-                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH, or describe the whole machine through the API"
+                    "{option} describes a machine, and there is nothing to boot: add --kernel PATH or --firmware PATH, or describe the whole machine through the API"
                 )));
             }
             return Ok(Action::Run { config: None, options, log });
@@ -443,6 +470,13 @@ impl Run {
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
             console: ConsoleConfig::parse("--console", &self.console)?,
+            debug_console: DebugConsoleConfig::parse(&self.debug_console)?,
+            pvpanic: self.pvpanic,
+            rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
+            balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
+            watchdog: self.watchdog,
+            rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
+            disks: some(&self.disk, DiskConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -460,7 +494,14 @@ impl Run {
             ("--memory-zone", !self.memory_zone.is_empty()),
             ("--numa", !self.numa.is_empty()),
             ("--platform", self.platform.is_some()),
+            ("--rng", self.rng.is_some()),
+            ("--balloon", self.balloon.is_some()),
+            ("--watchdog", self.watchdog),
+            ("--disk", !self.disk.is_empty()),
+            ("--rate-limit-group", !self.rate_limit_group.is_empty()),
             ("--device", !self.device.is_empty()),
+            ("--debug-console", self.debug_console != "off"),
+            ("--pvpanic", self.pvpanic),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)
     }

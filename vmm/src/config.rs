@@ -9,20 +9,35 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod balloon;
+mod cpus;
+mod debug_console;
+mod disk;
 mod endpoint;
 mod memory;
 mod numa;
 pub mod option_parser;
 mod parse;
+mod payload;
+pub mod pci_common;
+mod rate_limit;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use absent::AbsentSettings;
+pub use balloon::BalloonConfig;
+pub use cpus::CpusError;
+pub use debug_console::DebugConsoleConfig;
+pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
 pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
+pub use payload::PayloadConfig;
+pub use pci_common::PciCommon;
+pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
 
@@ -44,6 +59,12 @@ pub struct VmConfig {
     /// The paravirtual console.
     #[serde(default = "ConsoleConfig::off")]
     pub console: ConsoleConfig,
+    /// Limits that several disks share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
+    /// Disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,
@@ -53,9 +74,24 @@ pub struct VmConfig {
     /// The source of random numbers.
     #[serde(default)]
     pub rng: RngConfig,
+    /// The memory balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Whether there is a watchdog.
+    #[serde(default)]
+    pub watchdog: bool,
+    /// The watchdog's place, which is no setting.
+    #[serde(skip)]
+    pub watchdog_pci: PciCommon,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
+    /// Whether there is a device by which the guest says that its kernel has panicked.
+    #[serde(default)]
+    pub pvpanic: bool,
+    /// Its place, which is no setting.
+    #[serde(skip)]
+    pub pvpanic_pci: PciCommon,
     /// Nodes of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<NumaConfig>>,
@@ -231,23 +267,6 @@ pub enum HotplugMethod {
     Acpi,
     /// By virtio-mem.
     VirtioMem,
-}
-
-/// What to boot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PayloadConfig {
-    /// Firmware image.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub firmware: Option<PathBuf>,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry point.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<PathBuf>,
-    /// Kernel command line.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cmdline: Option<String>,
-    /// Initial RAM file system.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub initramfs: Option<PathBuf>,
 }
 
 /// Where a console or serial port leads.

@@ -2,11 +2,12 @@
 //! counts, except that a reset gives way to any other. And what the guest says of devices that it is to let go of.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use acpi::event_abi::PLACE_COUNT;
 use devices::event_device::ReleaseSink;
+use devices::processors::ProcessorSink;
 use devices::reset::MachineControl;
 use log::error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -33,6 +34,8 @@ pub struct Control {
     released: AtomicU32,
     /// What the guest said last of a place that it does not let go of: the place and the status, above a bit that says so.
     refused: AtomicU32,
+    /// Whether the guest has said something of processors that are to go.
+    processors: AtomicBool,
 }
 
 /// Set in `Control::refused` when there is something.
@@ -46,6 +49,7 @@ impl Control {
             reason: Mutex::new(None),
             released: AtomicU32::new(0),
             refused: AtomicU32::new(0),
+            processors: AtomicBool::new(false),
         })
     }
 
@@ -65,7 +69,7 @@ impl Control {
 
     /// Whether the main loop has anything to look at but a stop; clears the descriptor if so.
     pub fn wants_attention(&self) -> bool {
-        let wants = self.has_releases();
+        let wants = self.has_releases() | self.processors.swap(false, Ordering::SeqCst);
         if wants {
             // A stop request is looked at first, and stays in `reason`.
             let _ = self.event.read();
@@ -114,6 +118,13 @@ impl ReleaseSink for Control {
                 self.refused.store(said, Ordering::SeqCst);
             }
         }
+        self.wake();
+    }
+}
+
+impl ProcessorSink for Control {
+    fn processors_answered(&self) {
+        self.processors.store(true, Ordering::SeqCst);
         self.wake();
     }
 }

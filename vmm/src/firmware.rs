@@ -3,7 +3,7 @@
 use acpi::platform::{
     AddressRange, EventDeviceDescription, FixedHardwareDescription, FunctionDescription,
     InterruptDescription, LegacyDeviceDescription, NumaDescription, PciDescription, PlatformDescription,
-    PortRange, ResetDescription, RootPortDescription,
+    PortRange, ProcessorHotplugDescription, ResetDescription, RootPortDescription,
 };
 use acpi::smbios::SystemIdentity;
 use arch::layout::{self, LayoutError, MemoryMap};
@@ -38,6 +38,8 @@ pub enum FirmwareError {
 pub struct Description {
     /// APIC IDs in the order of the vCPUs.
     pub processors: Vec<u32>,
+    /// How they come and go.
+    pub processor_hotplug: Option<ProcessorHotplugDescription>,
     /// Root ports with what is, or may come, below them.
     pub root_ports: Vec<RootPortDescription>,
     /// Functions that are, or may come, on bus 0.
@@ -77,6 +79,7 @@ fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
     let irq = |gsi: u32| u8::try_from(gsi).unwrap_or(u8::MAX);
     PlatformDescription {
         processors: description.processors,
+        processor_hotplug: description.processor_hotplug,
         interrupts: InterruptDescription {
             local_apic_address: low(layout::LOCAL_APIC.start.0),
             io_apic_id: IOAPIC_ID,

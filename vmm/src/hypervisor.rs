@@ -6,17 +6,19 @@ use std::io;
 use std::sync::Arc;
 
 use arch::boot;
-use arch::cpuid::{CpuidOptions, CpuidTemplate};
+use arch::cpuid::{CpuidOptions, CpuidTemplate, has_amx};
 use arch::layout;
 use arch::loader::EntryPoint;
 use arch::topology::Topology;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO,
+    CpuId, KVM_API_VERSION, KVM_CAP_HYPERV_SYNIC2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_create_device,
+    kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vfio_ioctls::VfioDeviceFd;
 
 use crate::config::{ConfigError, CpusConfig};
+use crate::processors::amx;
 use crate::remedy::remedy;
 
 /// KVM cannot do what the machine needs.
@@ -38,9 +40,15 @@ pub enum HypervisorError {
     /// A capability is missing.
     #[error("this host's KVM lacks {0}, which the machine needs; use a newer kernel")]
     Missing(&'static str),
+    /// Advanced matrix extensions that the host does not have.
+    #[error(
+        "--cpus features=[amx]: this host cannot give them to a guest ({0}); take amx out, or use a host whose processors have \
+         AMX, with Linux 5.17 or newer"
+    )]
+    Amx(io::Error),
     /// More vCPUs than the host's KVM allows.
     #[error(
-        "--cpus boot={asked}: this host's KVM allows {limit} vCPUs (highest APIC ID {max_id}); give the guest fewer"
+        "--cpus max={asked}: this host's KVM allows {limit} vCPUs (highest APIC ID {max_id}); give the guest fewer"
     )]
     Vcpus {
         /// vCPUs asked for.
@@ -149,34 +157,58 @@ pub fn create_vfio_device(vm: &VmFd) -> Result<VfioDeviceFd, HypervisorError> {
 #[derive(Debug)]
 pub struct Processors {
     topology: Topology,
-    count: u16,
+    at_boot: u16,
+    most: u16,
+    hyperv: bool,
     cpuid: CpuidTemplate,
 }
 
 impl Processors {
     /// For `config`, after checking that KVM allows so many.
     pub fn new(kvm: &Kvm, config: &CpusConfig) -> Result<Self, HypervisorError> {
-        let (count, topology) = (config.vcpus()?, config.arch_topology()?);
+        let (at_boot, most, topology) = (config.vcpus()?, config.most_vcpus()?, config.arch_topology()?);
         let (limit, max_id) = (kvm.get_max_vcpus(), kvm.get_max_vcpu_id());
-        let last_id = usize::try_from(topology.apic_id(count.saturating_sub(1))).unwrap_or(usize::MAX);
-        if usize::from(count) > limit || last_id >= max_id {
-            return Err(HypervisorError::Vcpus { asked: count, limit, max_id: max_id.saturating_sub(1) });
+        let last_id = usize::try_from(topology.apic_id(most.saturating_sub(1))).unwrap_or(usize::MAX);
+        if usize::from(most) > limit || last_id >= max_id {
+            return Err(HypervisorError::Vcpus { asked: most, limit, max_id: max_id.saturating_sub(1) });
+        }
+        if config.features.amx {
+            amx::request_permission().map_err(HypervisorError::Amx)?;
+        }
+        if config.kvm_hyperv && !kvm.check_extension(Cap::HypervSynic2) {
+            return Err(HypervisorError::Missing("Hyper-V's interrupt controller (--cpus kvm_hyperv=on)"));
         }
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("reading the supported CPUID"))?;
+        if config.features.amx && !has_amx(supported.as_slice()) {
+            return Err(HypervisorError::Amx(io::ErrorKind::Unsupported.into()));
+        }
         let options = CpuidOptions {
             topology,
             max_phys_bits: config.max_phys_bits,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             tsc_khz: None,
             nested: config.nested,
+            amx: config.features.amx,
+            hyperv: config.kvm_hyperv,
         };
-        Ok(Self { topology, count, cpuid: CpuidTemplate::new(supported.as_slice(), &options) })
+        let cpuid = CpuidTemplate::new(supported.as_slice(), &options);
+        Ok(Self { topology, at_boot, most, hyperv: config.kvm_hyperv, cpuid })
     }
 
-    /// The APIC IDs, in the order of the vCPUs.
+    /// How many there are at boot.
+    pub fn at_boot(&self) -> u16 {
+        self.at_boot
+    }
+
+    /// How many there can be.
+    pub fn most(&self) -> u16 {
+        self.most
+    }
+
+    /// The APIC IDs of all that there can be, in the order of the vCPUs.
     pub fn apic_ids(&self) -> Vec<u32> {
-        (0..self.count).map(|vcpu| self.topology.apic_id(vcpu)).collect()
+        (0..self.most).map(|vcpu| self.topology.apic_id(vcpu)).collect()
     }
 
     /// The physical address bits that the guest sees.
@@ -184,18 +216,32 @@ impl Processors {
         self.cpuid.phys_bits()
     }
 
-    /// Creates the vCPUs. The first one will enter the kernel at `entry`, the others wait for it to start them.
+    /// Creates the vCPUs that are there at boot. The first one will enter the kernel at `entry`, the others wait for it to start them.
     pub fn create(&self, vm: &Arc<VmFd>, entry: &EntryPoint) -> Result<Vec<VcpuFd>, HypervisorError> {
-        (0..self.count).map(|vcpu| self.create_one(vm, vcpu, entry)).collect()
+        (0..self.at_boot).map(|vcpu| self.create_one(vm, vcpu, Some(entry).filter(|_| vcpu == 0))).collect()
     }
 
-    fn create_one(&self, vm: &VmFd, vcpu: u16, entry: &EntryPoint) -> Result<VcpuFd, HypervisorError> {
+    /// Creates one of the others, which waits for the guest to start it.
+    pub fn create_later(&self, vm: &VmFd, vcpu: u16) -> Result<VcpuFd, HypervisorError> {
+        self.create_one(vm, vcpu, None)
+    }
+
+    fn create_one(
+        &self,
+        vm: &VmFd,
+        vcpu: u16,
+        entry: Option<&EntryPoint>,
+    ) -> Result<VcpuFd, HypervisorError> {
         let fd = vm.create_vcpu(u64::from(self.topology.apic_id(vcpu))).map_err(ioctl("creating a vCPU"))?;
+        if self.hyperv {
+            let synic = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
+            fd.enable_cap(&synic).map_err(ioctl("enabling Hyper-V's interrupt controller"))?;
+        }
         let entries = self.cpuid.entries(vcpu);
         let cpuid = CpuId::from_entries(&entries).map_err(|_| HypervisorError::TooMany("CPUID leaves"))?;
         fd.set_cpuid2(&cpuid).map_err(ioctl("setting CPUID"))?;
         set_msrs(&fd, vcpu)?;
-        if vcpu == 0 {
+        if let Some(entry) = entry {
             let mut lapic = fd.get_lapic().map_err(ioctl("reading the local APIC"))?;
             arch::apic::set_local_interrupt_pins(&mut lapic);
             fd.set_lapic(&lapic).map_err(ioctl("setting the local APIC"))?;

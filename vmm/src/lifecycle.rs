@@ -16,13 +16,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vfio_pm::PolicyChange;
 
 use crate::cli::ControlOptions;
-use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
+use crate::config::{ConsoleMode, DeviceConfig, PayloadConfig, VmConfig};
 use crate::control::StopReason;
+use crate::emulated::{Model, Shared, Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
 use crate::multicall::Program;
-use crate::orders::{Completion, Order, Orders, Resize};
+use crate::orders::{Addition, Completion, Order, Orders, Resize};
 use crate::running::Running;
 use crate::status::{MachineView, Status, VmState};
 use crate::vm_error::VmError;
@@ -132,7 +133,10 @@ impl Lifecycle {
                     }
                 }
                 Outcome::Orders => {}
-                Outcome::Releases => self.devices_released(),
+                Outcome::Releases => {
+                    self.devices_released();
+                    self.processors_answered();
+                }
             }
         }
     }
@@ -195,6 +199,8 @@ impl Lifecycle {
             Order::Resize(resize) => self.resize(resize)?,
             Order::ResizeZone(id, wanted) => self.resize_memory(memory::Resized::Zone(&id), wanted)?,
             Order::AddDevice(device) => return self.add_device(*device),
+            Order::AddEmulated(addition) => return self.add_emulated(addition),
+            Order::ResizeDisk { id, size } => self.resize_disk(&id, size)?,
             Order::RemoveDevice(id) => self.remove_device(&id)?,
             Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
             Order::End => {}
@@ -216,10 +222,11 @@ impl Lifecycle {
         machine.map(|(running, _)| running).ok_or(VmError::NotRunning)
     }
 
-    fn create(&mut self, config: VmConfig) -> Result<(), VmError> {
+    fn create(&mut self, mut config: VmConfig) -> Result<(), VmError> {
         if self.vm.is_some() {
             return Err(VmError::AlreadyCreated);
         }
+        config.payload.iter_mut().for_each(PayloadConfig::drop_unused);
         self.vm = Some(Vm { config, machine: None, paused: false, changed: Vec::new() });
         self.show_config();
         Ok(())
@@ -241,14 +248,24 @@ impl Lifecycle {
                 config.serial.file = Some(path.to_owned());
             }
         }
+        let shared = Shared::default();
+        let debug_console =
+            Backend::open_output(&config.debug_console.output()).map_err(MachineError::DebugConsole)?;
+        if let Some(path) = debug_console.as_ref().and_then(|console| console.pty_path()) {
+            announce(&format!("the debug console is at {}", path.display()));
+            config.debug_console.file = Some(path.to_owned());
+        }
         let lifetime = Lifetime {
             kvm: Arc::clone(&self.kvm),
             signals: Arc::clone(&self.signals),
             orders: Arc::clone(&self.orders),
             events: self.events.clone(),
             console,
+            debug_console,
             battery: Battery::default(),
             latched: Vec::new(),
+            units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
+            shared,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
@@ -308,7 +325,7 @@ impl Lifecycle {
         let Some((running, mut lifetime)) = self.vm.as_mut().and_then(|vm| vm.machine.take()) else { return };
         self.status.set_machine(None);
         running.end(&mut lifetime);
-        if let Some(console) = lifetime.console {
+        for console in [lifetime.console, lifetime.debug_console].into_iter().flatten() {
             console.flush();
         }
         self.events.tell("vm", "shutdown");
@@ -350,38 +367,57 @@ impl Lifecycle {
         self.events.tell("vm", "resizing");
         let vm = self.vm()?;
         // Before anything is changed: an order is carried out whole or not at all.
-        if resize.balloon.is_some() {
-            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
-        }
+        let balloon = resize.balloon.map(|size| vm.config.with_balloon_of(size)).transpose()?;
         if vm.machine.is_none() {
             // Only the configuration changes; it is looked at when the machine starts.
             let cpus = &mut vm.config.cpus;
             cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
-            self.show_config();
-        } else {
-            let vcpus = vm.config.cpus.boot_vcpus;
-            let refuse = |what, wanted: u64, now: u64| VmError::Resize {
-                what,
-                wanted,
-                why: format!("it is {now} as long as the machine runs; shut it down, resize, and boot it"),
-            };
-            if let Some(wanted) = resize.vcpus.filter(|wanted| *wanted != vcpus) {
-                return Err(refuse("the number of vCPUs", wanted.into(), vcpus.into()));
-            }
+        } else if let Some(wanted) = resize.vcpus {
+            self.resize_vcpus(wanted)?;
         }
         if let Some(wanted) = resize.ram {
             self.resize_memory(memory::Resized::Whole, wanted)?;
         }
+        if let (Some(balloon), Some(size)) = (balloon, resize.balloon) {
+            let vm = self.vm()?;
+            if let Some((_, lifetime)) = &vm.machine {
+                resize_unit(&lifetime.units, "__balloon", size)?;
+            }
+            vm.config.balloon = Some(balloon);
+        }
+        self.show_config();
         self.events.tell("vm", "resized");
         Ok(())
+    }
+
+    /// From here on this is the number, also after a reboot of the guest, though it may still have to let go of some.
+    fn resize_vcpus(&mut self, wanted: u32) -> Result<(), VmError> {
+        // Those that it has let go of can come again.
+        self.processors_answered();
+        self.running()?.resize_vcpus(wanted)?;
+        self.vm()?.config.cpus.boot_vcpus = wanted;
+        self.show_config();
+        Ok(())
+    }
+
+    /// The guest has let go of processors, or does not.
+    fn processors_answered(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        let Some((running, _)) = &mut vm.machine else { return };
+        if let Some(count) = running.take_processor_answers()
+            && count != vm.config.cpus.boot_vcpus
+        {
+            vm.config.cpus.boot_vcpus = count;
+            self.show_config();
+        }
     }
 
     fn add_device(&mut self, device: DeviceConfig) -> Result<Completion, VmError> {
         let vm = self.vm()?;
         let mut config = vm.config.clone();
         config.devices.get_or_insert_default().push(device);
-        config.validate_device_list()?;
+        config.validate_all_devices()?;
         let Some((running, _)) = &mut vm.machine else {
             vm.config = config;
             self.show_config();
@@ -404,6 +440,41 @@ impl Lifecycle {
         Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
     }
 
+    fn add_emulated(&mut self, addition: Addition) -> Result<Completion, VmError> {
+        let vm = self.vm()?;
+        let mut config = vm.config.clone();
+        (addition.0)(&mut config);
+        config.validate_all_devices()?;
+        let Some((running, lifetime)) = &mut vm.machine else {
+            vm.config = config;
+            self.show_config();
+            return Ok(Completion::Plain);
+        };
+        config.name_devices();
+        let unit = make_units(&config, &lifetime.units, &lifetime.shared).map_err(MachineError::from)?.pop();
+        let mut unit = unit.ok_or(VmError::NotRunning)?;
+        let moved = running.add_emulated(&unit)?;
+        // After a reboot of the guest it is where it is now.
+        unit.place = Some(moved.place);
+        config.set_place(&unit.id, moved.place);
+        lifetime.units.push(unit);
+        let view = MachineView::new(running.machine());
+        vm.config = config;
+        self.show_config();
+        self.status.set_devices(view);
+        Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), VmError> {
+        let vm = self.vm()?;
+        let (_, lifetime) = vm.machine.as_ref().ok_or(VmError::NotRunning)?;
+        let unit = lifetime.units.iter().find(|unit| unit.id == id);
+        match unit.map(|unit| &unit.model) {
+            Some(Model::Disk(disk)) => Ok(disk.block.resize(size)?),
+            _ => Err(VmError::UnknownDevice { id: id.to_owned() }),
+        }
+    }
+
     fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
         let unknown = || VmError::UnknownDevice { id: id.to_owned() };
         let vm = self.vm()?;
@@ -421,7 +492,7 @@ impl Lifecycle {
     /// The guest has let go of devices.
     fn devices_released(&mut self) {
         let Some(vm) = &mut self.vm else { return };
-        let Some((running, _)) = &mut vm.machine else { return };
+        let Some((running, lifetime)) = &mut vm.machine else { return };
         let (released, refused) = running.take_releases();
         if let Some((place, status)) = refused {
             running.assigned_mut().refused(place, status);
@@ -443,6 +514,7 @@ impl Lifecycle {
                 },
             );
             if let Some(id) = gone {
+                lifetime.units.retain(|unit| unit.id != id);
                 vm.config.remove_device(&id);
                 self.status.set_config(Some(&vm.config));
             }
@@ -477,6 +549,17 @@ impl Lifecycle {
         self.show_config();
         Ok(Completion::Policy(in_force))
     }
+}
+
+/// Gives one of the machine's own devices another size.
+fn resize_unit(units: &[Unit], id: &str, size: u64) -> Result<(), VmError> {
+    let unit = units.iter().find(|unit| unit.id == id);
+    let unit = unit.ok_or_else(|| VmError::UnknownDevice { id: id.to_owned() })?;
+    unit.resize(size).map_err(|why| VmError::Resize {
+        what: "the size of a device",
+        wanted: size,
+        why: format!("{id}: {why}"),
+    })
 }
 
 /// Tells the user, in the log if that shows it and otherwise on standard error.

@@ -12,14 +12,17 @@ use arch::loader::{BootImages, ImageFile, LoadError, Role};
 use devices::event_device::EventDevice;
 use devices::i8042::{I8042, PORTS as I8042_PORTS};
 use devices::memory_slots::{MemoryInSlot, MemorySlots};
+use devices::pm_timer::{PORTS as PM_TIMER_PORTS, PmTimer};
 use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
 use devices::reset::{MachineControl, ResetControl, ResetRegister};
 use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
+use devices::serial::debug_console::{DebugConsole, PORTS as DEBUG_CONSOLE_PORTS};
 use devices::serial::{Backend, BackendError, PORTS as SERIAL_PORTS, Serial, SerialError};
 use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::Windows;
 use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
+use devices::virtio::discard::Discarder;
 use kvm_ioctls::{Kvm, VmFd};
 use pci::assign::{Aperture, Apertures, AssignError, Assignment as Plan};
 use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
@@ -35,16 +38,20 @@ use vm_device::{DeviceMmio, DevicePio};
 use crate::assigned::{AssignedError, Assignment, Surroundings, device_paths};
 use crate::config::{ConfigError, DeviceConfig, VmConfig};
 use crate::control::Control;
+use crate::emulated::{EmulatedError, Shared, Unit};
 use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
 use crate::events::Events;
 use crate::firmware::{self, FirmwareError};
 use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
+use crate::ioevents::KvmDoorbells;
 use crate::irq::{Gsi, IrqRouter};
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
 use crate::places::{Place, Reserve, build_places, check_places};
+use crate::processors::ProcessorPool;
+use crate::processors::placement::{Placement, PlacementError};
 use crate::remedy::remedy;
 use crate::vcpu::VcpuContext;
 
@@ -57,6 +64,9 @@ pub enum MachineError {
     /// KVM.
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    /// The threads of the vCPUs.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// The memory map.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -78,6 +88,9 @@ pub enum MachineError {
     /// Assigned devices.
     #[error(transparent)]
     Assigned(#[from] AssignedError),
+    /// The machine's own devices.
+    #[error(transparent)]
+    Emulated(#[from] EmulatedError),
     /// BARs that do not fit.
     #[error(transparent)]
     Bars(#[from] AssignError),
@@ -93,6 +106,9 @@ pub enum MachineError {
     /// The other end of the serial port.
     #[error(transparent)]
     Console(#[from] BackendError),
+    /// The other end of the debug console.
+    #[error("the debug console (--debug-console) cannot be connected")]
+    DebugConsole(#[source] BackendError),
     /// The clock.
     #[error(transparent)]
     Rtc(#[from] RtcError),
@@ -127,9 +143,14 @@ pub struct Lifetime {
     pub(crate) orders: Arc<Orders>,
     pub(crate) events: Events,
     pub(crate) console: Option<Arc<Backend>>,
+    pub(crate) debug_console: Option<Arc<Backend>>,
     pub(crate) battery: Battery,
     /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
     pub(crate) latched: Vec<Bdf>,
+    /// The machine's own PCI devices.
+    pub(crate) units: Vec<Unit>,
+    /// What they share.
+    pub(crate) shared: Shared,
     /// Whether devices can come and go: only where there is an API to say so.
     pub(crate) hotplug: bool,
 }
@@ -165,6 +186,8 @@ impl Buses {
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
     pub(crate) vcpus: Vec<kvm_ioctls::VcpuFd>,
+    pub(crate) placement: Placement,
+    pub(crate) processors: ProcessorPool,
     pub(crate) event_loop: EventLoop,
     pub(crate) context: VcpuContext,
     pub(crate) rtc: Arc<Rtc>,
@@ -189,12 +212,16 @@ impl Machine {
             hotplug: lifetime.hotplug,
             ports: config.platform.as_ref().map_or(0, |platform| platform.hotplug_ports),
         };
-        check_places(&devices, reserve)?;
+        check_places(&devices, &lifetime.units, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.boot_size(), processors.phys_bits())?;
         let zones = memory::plan(&config.memory, config.numa.as_deref(), &mut map)?;
+        if config.boots_firmware() {
+            map.lower_mmio64();
+        }
 
         let control = Arc::new(Control::new().map_err(resources("the descriptor for stop requests"))?);
+        lifetime.shared.machine.set(Arc::downgrade(&(Arc::clone(&control) as Arc<dyn MachineControl>)));
         let vm = Arc::new(hypervisor::create_vm(&lifetime.kvm)?);
         let memslots = Memslots::new(&lifetime.kvm, Arc::clone(&vm), Arc::clone(&control));
         let ram = GuestRam::new(zones, &config.memory, &memslots)?;
@@ -213,6 +240,13 @@ impl Machine {
             buses.pio("serial port", layout::SERIAL_PORT, SERIAL_PORTS, Arc::clone(&serial) as _)?;
             subscribers.push(serial);
         }
+        if let Some(backend) = &lifetime.debug_console {
+            let console = Arc::new(DebugConsole::new(Arc::clone(backend)));
+            let port = config.debug_console.port();
+            buses.pio("debug console", port, DEBUG_CONSOLE_PORTS, Arc::clone(&console) as _)?;
+            subscribers.push(console);
+        }
+        buses.pio("PM timer", layout::PM_TIMER_PORT, PM_TIMER_PORTS, Arc::new(PmTimer::new()))?;
         let pm1 = Arc::new(Pm1Device::new(line(layout::SCI_GSI)?, as_control()));
         let alarm = Arc::clone(&pm1);
         let rtc = Rtc::new(line(layout::RTC_GSI)?, lifetime.battery.clone())?;
@@ -240,6 +274,12 @@ impl Machine {
             Arc::clone(&events) as _,
         )?;
 
+        let sink = Arc::clone(&control) as _;
+        let processors = ProcessorPool::new(processors, Arc::clone(&vm), lifetime.hotplug, &events, sink);
+        if let Some(device) = processors.device() {
+            let at = layout::PROCESSORS;
+            buses.mmio("processors' registers", at.start.0, at.len, Arc::clone(device) as _)?;
+        }
         let memory_slots = memory_slots(&ram, &events, &mut buses)?;
 
         // Before any device is opened, so that a kernel that is none leaves the devices as they were.
@@ -255,9 +295,11 @@ impl Machine {
             latched: lifetime.latched.clone(),
             events: lifetime.events.clone(),
             releases: Arc::clone(&control) as _,
+            memory: ram.space().clone(),
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
         };
-        let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now())?;
-        let places = build_places(&devices, &handles, &around, reserve)?;
+        let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
+        let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let (bus, plan) = pci_bus(&places, &map)?;
         buses.mmio(
@@ -281,14 +323,18 @@ impl Machine {
         )?;
 
         let description = firmware::Description {
-            processors: processors.apic_ids(),
+            processors: processors.processors().apic_ids(),
+            processor_hotplug: processors.description(),
             root_ports: places.iter().filter_map(Place::port_description).collect(),
             functions: places.iter().filter_map(Place::bus_0_description).collect(),
             serial: lifetime.console.is_some(),
             memory_slots: memory_slots.is_some(),
-            numa: memory::numa::describe(config.numa.as_deref(), ram.zones(), &processors.apic_ids(), |id| {
-                places.iter().find_map(|place| place.address_of(id))
-            }),
+            numa: memory::numa::describe(
+                config.numa.as_deref(),
+                ram.zones(),
+                &processors.processors().apic_ids(),
+                |id| places.iter().find_map(|place| place.address_of(id)),
+            ),
             identity: config.platform.clone().unwrap_or_default().identity()?,
         };
         let rsdp = firmware::write(ram.memory(), &mut map, description)?;
@@ -297,7 +343,8 @@ impl Machine {
             entry = arch::loader::load(ram.memory(), &map, &images, rsdp)?;
         }
         arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
-        let vcpus = processors.create(&vm, &entry)?;
+        let vcpus = processors.processors().create(&vm, &entry)?;
+        let placement = Placement::new(&config.cpus);
 
         let close_bars = Arc::new(CloseBars::default());
         let context = VcpuContext {
@@ -313,6 +360,8 @@ impl Machine {
         let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
         Ok(Self {
             vcpus,
+            placement,
+            processors,
             event_loop,
             context,
             rtc,
@@ -347,9 +396,13 @@ fn memory_slots(
 
 fn open_images(config: &VmConfig) -> Result<BootImages, MachineError> {
     let payload = config.payload.clone().unwrap_or_default();
-    let kernel = payload.kernel.ok_or(ConfigError::NoKernel)?;
+    let kernel = match (payload.kernel, payload.firmware) {
+        (Some(kernel), _) => ImageFile::open(Role::Kernel, &kernel)?,
+        (None, Some(firmware)) => ImageFile::open(Role::Firmware, &firmware)?,
+        (None, None) => return Err(ConfigError::NoKernel.into()),
+    };
     Ok(BootImages {
-        kernel: ImageFile::open(Role::Kernel, &kernel)?,
+        kernel,
         initramfs: payload.initramfs.map(|path| ImageFile::open(Role::Initramfs, &path)).transpose()?,
         command_line: payload.cmdline.unwrap_or_default(),
     })
@@ -386,11 +439,14 @@ fn open_devices(
     devices: &[Assignment],
     vm: &Arc<VmFd>,
     memory: &vm_memory::GuestMemoryMmap,
+    discarder: &Arc<Discarder>,
 ) -> Result<(Vec<Arc<Handle>>, Iommu), MachineError> {
     let kind = context_kind(config);
+    let discarder = Arc::clone(discarder);
     let Some(first) = devices.first() else {
-        return Ok((Vec::new(), Iommu { kind, kvm: None, context: None }));
+        return Ok((Vec::new(), Iommu { kind, kvm: None, context: None, discarder, pin: None }));
     };
+    let pin = Some(Arc::new(Discarder::pinned(&discarder)));
     let kvm = Arc::new(hypervisor::create_vfio_device(vm)?);
     let context = Arc::new(IommuContext::new(kind, Some(Arc::clone(&kvm)))?);
     let handles = devices
@@ -398,7 +454,7 @@ fn open_devices(
         .map(|device| context.open(device.host.bdf, &device.host.dir, device.config.id.as_deref()))
         .collect::<Result<Vec<_>, _>>()?;
     dma::map_guest_memory(&context, memory, first.host.bdf)?;
-    Ok((handles, Iommu { kind, kvm: Some(kvm), context: Some(context) }))
+    Ok((handles, Iommu { kind, kvm: Some(kvm), context: Some(context), discarder, pin }))
 }
 
 fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineError> {

@@ -7,10 +7,12 @@ use log::{debug, info, warn};
 use vfio_pm::{ControlError, Policy, PolicyChange};
 
 use crate::assigned::Assignment;
+use crate::emulated::Unit;
 use crate::event_loop::Outcome;
 use crate::hotplug::{AssignedDevices, Moved};
 use crate::hypervisor;
 use crate::machine::{Lifetime, Machine, MachineError};
+use crate::processors::ResizeError;
 use crate::vcpu::Vcpus;
 
 /// A machine whose vCPUs run or are paused.
@@ -24,8 +26,8 @@ pub struct Running {
 impl Running {
     /// Starts the vCPUs.
     pub fn start(mut machine: Machine) -> Result<Self, MachineError> {
-        let vcpus = Vcpus::start(std::mem::take(&mut machine.vcpus), &machine.context)
-            .map_err(|source| MachineError::Resources { what: "the threads of the vCPUs", source })?;
+        let vcpus = std::mem::take(&mut machine.vcpus);
+        let vcpus = Vcpus::start(vcpus, &machine.context, machine.placement.clone())?;
         info!("the guest runs");
         Ok(Self { vcpus: Some(vcpus), stopped_clock: None, machine })
     }
@@ -41,6 +43,7 @@ impl Running {
         if let Some(vcpus) = &self.vcpus {
             vcpus.pause();
         }
+        self.machine.assigned.emulated().for_each(|function| function.pause());
         self.stopped_clock = match self.machine.vm.get_clock() {
             Ok(clock) => Some(clock),
             Err(e) => {
@@ -59,6 +62,7 @@ impl Running {
                 warn!("the guest's clock jumps over the pause: {e}");
             }
         }
+        self.machine.assigned.emulated().for_each(|function| function.resume());
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
@@ -104,6 +108,30 @@ impl Running {
         assigned.add(assignment, &ram.now(), || Ok(hypervisor::create_vfio_device(vm)?))
     }
 
+    /// Adds one of the machine's own devices.
+    ///
+    /// # Errors
+    /// See [`AssignedDevices::add_emulated`](crate::hotplug::AssignedDevices::add_emulated).
+    pub fn add_emulated(&mut self, unit: &Unit) -> Result<Moved, MachineError> {
+        self.machine.assigned.add_emulated(unit)
+    }
+
+    /// Changes the number of vCPUs.
+    ///
+    /// # Errors
+    /// See [`ProcessorPool::resize`](crate::processors::ProcessorPool::resize).
+    pub fn resize_vcpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
+        match &mut self.vcpus {
+            Some(vcpus) => self.machine.processors.resize(wanted, vcpus),
+            None => Ok(()),
+        }
+    }
+
+    /// What the guest has said since the last look of vCPUs that are to go: how many there are to be now.
+    pub fn take_processor_answers(&mut self) -> Option<u32> {
+        self.machine.processors.take_answers(self.vcpus.as_mut()?)
+    }
+
     /// The assigned devices.
     pub fn assigned_mut(&mut self) -> &mut AssignedDevices {
         &mut self.machine.assigned
@@ -125,6 +153,7 @@ impl Running {
             slot.domain.shutdown();
             lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
         }
+        self.machine.assigned.emulated().for_each(|function| function.shutdown());
         debug!("the machine is taken apart: RAM {:?}", self.machine.ram);
     }
 }

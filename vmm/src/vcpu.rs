@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::control::{Control, StopReason};
+use crate::processors::placement::{Placement, PlacementError};
 
 /// Stack of a vCPU's thread. The customary 2 MiB would be one huge page, and all of it resident at the first touch.
 const STACK_BYTES: usize = 512 << 10;
@@ -76,13 +78,19 @@ impl Turnstile {
         self.mode.load(Ordering::SeqCst) == mode as u8
     }
 
-    /// Waits for the end of a pause.
-    fn park(&self) {
+    /// Has those that wait look whether they are to leave.
+    fn wake(&self) {
+        let _parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        self.changed.notify_all();
+    }
+
+    /// Waits for the end of a pause, or until this one is to leave.
+    fn park(&self, leaves: &AtomicBool) {
         let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
         *parked += 1;
         self.changed.notify_all();
-        parked =
-            self.changed.wait_while(parked, |_| self.is(Mode::Pause)).unwrap_or_else(PoisonError::into_inner);
+        let waits = |_: &mut usize| self.is(Mode::Pause) && !leaves.load(Ordering::SeqCst);
+        parked = self.changed.wait_while(parked, waits).unwrap_or_else(PoisonError::into_inner);
         *parked -= 1;
         self.changed.notify_all();
     }
@@ -92,11 +100,21 @@ impl Turnstile {
     }
 }
 
+/// A vCPU's thread, which gives its vCPU back when it ends.
+struct Thread {
+    number: u16,
+    handle: JoinHandle<Option<VcpuFd>>,
+    /// Set when this one is to end by itself.
+    leaves: Arc<AtomicBool>,
+}
+
 /// The running vCPU threads.
 pub struct Vcpus {
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
     turnstile: Arc<Turnstile>,
     nmi: Arc<AtomicBool>,
+    context: VcpuContext,
+    placement: Placement,
 }
 
 /// How often a vCPU that is still in the guest is called out of it.
@@ -105,38 +123,83 @@ const KICK_INTERVAL: Duration = Duration::from_millis(1);
 extern "C" fn kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts one thread for each of `vcpus`.
-    pub fn start(vcpus: Vec<VcpuFd>, context: &VcpuContext) -> io::Result<Self> {
+    /// Starts one thread for each of `vcpus`, which are the first ones of the machine.
+    ///
+    /// # Errors
+    /// There is no thread to be had, or it cannot run where it is to.
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        context: &VcpuContext,
+        placement: Placement,
+    ) -> Result<Self, PlacementError> {
         // The signal's only work is to end KVM_RUN.
-        register_signal_handler(SIGRTMIN(), kick).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        let mut started =
-            Self { threads: Vec::with_capacity(vcpus.len()), turnstile: Arc::default(), nmi: Arc::default() };
+        register_signal_handler(SIGRTMIN(), kick)
+            .map_err(|e| PlacementError::thread(io::Error::from_raw_os_error(e.errno())))?;
+        let mut started = Self {
+            threads: Vec::with_capacity(vcpus.len()),
+            turnstile: Arc::default(),
+            nmi: Arc::default(),
+            context: context.clone(),
+            placement,
+        };
         // The first vCPU starts the others, so it goes last: then they are all there.
-        for (number, fd) in vcpus.into_iter().enumerate().rev() {
-            let turnstile = Arc::clone(&started.turnstile);
-            let nmi = (number == 0).then(|| Arc::clone(&started.nmi));
-            let vcpu = Vcpu { number, fd, context: context.clone(), turnstile, nmi };
-            match thread::Builder::new()
-                .name(format!("vcpu{number}"))
-                .stack_size(STACK_BYTES)
-                .spawn(move || vcpu.run())
-            {
-                Ok(thread) => started.threads.push(thread),
-                Err(e) => {
-                    started.stop();
-                    return Err(e);
-                }
+        for (number, fd) in (0..).zip(vcpus).collect::<Vec<_>>().into_iter().rev() {
+            if let Err((e, _)) = started.add(number, fd) {
+                started.stop();
+                return Err(e);
             }
         }
         Ok(started)
     }
 
+    /// Starts one more.
+    ///
+    /// # Errors
+    /// As [`Self::start`], with the vCPU, which KVM makes once only.
+    pub fn add(&mut self, number: u16, fd: VcpuFd) -> Result<(), (PlacementError, VcpuFd)> {
+        let turnstile = Arc::clone(&self.turnstile);
+        let nmi = (number == 0).then(|| Arc::clone(&self.nmi));
+        let leaves = Arc::new(AtomicBool::new(false));
+        let context = self.context.clone();
+        let cores = self.placement.cores();
+        let (sender, receiver) = sync_channel(1);
+        let leaving = Arc::clone(&leaves);
+        let body = move || {
+            cores.enter(number);
+            let fd = receiver.recv().ok()?;
+            Some(Vcpu { number, fd, context, turnstile, leaves: leaving, nmi }.run())
+        };
+        let spawn =
+            || thread::Builder::new().name(format!("vcpu{number}")).stack_size(STACK_BYTES).spawn(body);
+        let handle = match self.placement.spawn(number, spawn) {
+            Ok(handle) => handle,
+            Err(e) => return Err((e, fd)),
+        };
+        match sender.send(fd) {
+            Ok(()) => self.threads.push(Thread { number, handle, leaves }),
+            Err(e) => return Err((PlacementError::thread(io::ErrorKind::BrokenPipe.into()), e.0)),
+        }
+        Ok(())
+    }
+
+    /// Ends the thread of a vCPU and gives the vCPU back; `None` if there is none, or if it has ended badly.
+    pub fn remove(&mut self, number: u16) -> Option<VcpuFd> {
+        let place = self.threads.iter().position(|thread| thread.number == number)?;
+        let thread = self.threads.swap_remove(place);
+        thread.leaves.store(true, Ordering::SeqCst);
+        self.turnstile.wake();
+        let leaver = [thread];
+        kick_until(&leaver, |threads| threads.iter().all(Thread::has_ended));
+        let [thread] = leaver;
+        thread.join()
+    }
+
     /// Takes all vCPUs out of the guest, and returns once they are. One that is in the middle of an access ends that first.
     pub fn pause(&self) {
         self.turnstile.set(Mode::Pause);
-        self.kick_until(|_| {
-            let ended = self.threads.iter().filter(|thread| thread.is_finished()).count();
-            self.turnstile.parked() + ended >= self.threads.len()
+        kick_until(&self.threads, |threads| {
+            let ended = threads.iter().filter(|thread| thread.has_ended()).count();
+            self.turnstile.parked() + ended >= threads.len()
         });
     }
 
@@ -152,40 +215,53 @@ impl Vcpus {
             // It comes with the end of the pause.
             return;
         }
-        self.kick_until(|threads| {
-            !self.nmi.load(Ordering::SeqCst) || threads.iter().all(JoinHandle::is_finished)
+        kick_until(&self.threads, |threads| {
+            !self.nmi.load(Ordering::SeqCst) || threads.iter().all(Thread::has_ended)
         });
-    }
-
-    /// Sends the signal until `done`: one that arrives just before `KVM_RUN` would be lost.
-    fn kick_until(&self, done: impl Fn(&[JoinHandle<()>]) -> bool) {
-        while !done(&self.threads) {
-            for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
-                if let Err(e) = thread.kill(SIGRTMIN()) {
-                    debug!("a vCPU thread takes no signal any more: {e}");
-                }
-            }
-            thread::park_timeout(KICK_INTERVAL);
-        }
     }
 
     /// Takes all vCPUs out of the guest and waits for their threads.
     pub fn stop(self) {
         self.turnstile.set(Mode::Stop);
-        self.kick_until(|threads| threads.iter().all(JoinHandle::is_finished));
+        kick_until(&self.threads, |threads| threads.iter().all(Thread::has_ended));
         for thread in self.threads {
-            if thread.join().is_err() {
-                error!("a vCPU thread panicked");
-            }
+            drop(thread.join());
         }
     }
 }
 
+impl Thread {
+    fn has_ended(&self) -> bool {
+        self.handle.is_finished()
+    }
+
+    fn join(self) -> Option<VcpuFd> {
+        self.handle.join().unwrap_or_else(|_| {
+            error!("the thread of vCPU {} panicked", self.number);
+            None
+        })
+    }
+}
+
+/// Sends the signal until `done`: one that arrives just before `KVM_RUN` would be lost.
+fn kick_until(threads: &[Thread], done: impl Fn(&[Thread]) -> bool) {
+    while !done(threads) {
+        for thread in threads.iter().filter(|thread| !thread.has_ended()) {
+            if let Err(e) = thread.handle.kill(SIGRTMIN()) {
+                debug!("a vCPU thread takes no signal any more: {e}");
+            }
+        }
+        thread::park_timeout(KICK_INTERVAL);
+    }
+}
+
 struct Vcpu {
-    number: usize,
+    number: u16,
     fd: VcpuFd,
     context: VcpuContext,
     turnstile: Arc<Turnstile>,
+    /// Set when this one is to end.
+    leaves: Arc<AtomicBool>,
     /// Set when a non-maskable interrupt is wanted; the first vCPU has it.
     nmi: Option<Arc<AtomicBool>>,
 }
@@ -197,16 +273,16 @@ enum Next {
 }
 
 impl Vcpu {
-    fn run(mut self) {
+    fn run(mut self) -> VcpuFd {
         let mut faults = 0;
         loop {
-            if self.turnstile.is(Mode::Stop) {
-                return;
+            if self.turnstile.is(Mode::Stop) || self.leaves.load(Ordering::SeqCst) {
+                return self.fd;
             }
             if self.turnstile.is(Mode::Pause) {
                 // So that the guest's watchdogs do not take the pause for a hang. A guest without a KVM clock has none to tell.
                 let _unused_clock = self.fd.kvmclock_ctrl();
-                self.turnstile.park();
+                self.turnstile.park(&self.leaves);
                 continue;
             }
             if self.nmi.as_ref().is_some_and(|nmi| nmi.swap(false, Ordering::SeqCst))
@@ -236,7 +312,7 @@ impl Vcpu {
             };
             if let Next::Stop(reason) = next {
                 self.context.control.stop(reason);
-                return;
+                return self.fd;
             }
         }
     }
@@ -278,6 +354,10 @@ impl Vcpu {
                     usize::try_from(event).ok().and_then(|event| SYSTEM_EVENTS.get(event.wrapping_sub(1)));
                 Next::Stop(reason.cloned().unwrap_or(StopReason::Reset))
             }
+            VcpuExit::Hyperv => {
+                run.refuse_hypercall();
+                Next::Run
+            }
             VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => Next::Run,
             VcpuExit::FailEntry(reason, cpu) => Next::Stop(StopReason::Fault(format!(
                 "vCPU {number}: the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"
@@ -302,18 +382,32 @@ impl Vcpu {
 ///
 /// It is mapped as long as the vCPU's descriptor lives, which outlives this value, and only this thread uses it.
 #[derive(Clone, Copy)]
-struct RunStructure(*const kvm_bindings::kvm_run);
+struct RunStructure(*mut kvm_bindings::kvm_run);
 
 #[allow(unsafe_code)] // The exit's details are a C union.
 impl RunStructure {
     fn of(fd: &mut VcpuFd) -> Self {
-        Self(std::ptr::from_ref(fd.get_kvm_run()))
+        Self(std::ptr::from_mut(fd.get_kvm_run()))
     }
 
     /// After an internal error: whether KVM could not emulate an instruction (`KVM_INTERNAL_ERROR_EMULATION`).
     fn emulation_failed(self) -> bool {
         // SAFETY: see the type; the exit was an internal error, so `internal` is the active field.
         unsafe { (*self.0).__bindgen_anon_1.internal.suberror == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION }
+    }
+
+    /// After a Hyper-V exit: a hypercall that KVM leaves to the VMM has no one behind it. The other exits of this kind tell of registers,
+    /// and want nothing.
+    fn refuse_hypercall(self) {
+        /// `HV_STATUS_INVALID_HYPERCALL_CODE` (Hyper-V TLFS 6.0b, appendix B).
+        const INVALID_HYPERCALL_CODE: u64 = 2;
+        // SAFETY: see the type; the exit was one of Hyper-V's, so `hyperv` is the active field, and `hcall` within it where its type says so.
+        unsafe {
+            let exit = &mut (*self.0).__bindgen_anon_1.hyperv;
+            if exit.type_ == kvm_bindings::KVM_EXIT_HYPERV_HCALL {
+                exit.u.hcall.result = INVALID_HYPERCALL_CODE;
+            }
+        }
     }
 
     /// After a port exit: how wide the elements are. A string instruction (`rep outsb`) is one exit with many.

@@ -4,6 +4,7 @@ use vfio_pm::ControlError;
 
 use crate::config::ConfigError;
 use crate::machine::MachineError;
+use crate::processors::ResizeError;
 
 /// An order that is not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,12 @@ pub enum VmError {
         /// Why not, and what to do.
         why: String,
     },
+    /// A number of vCPUs that the machine cannot have, or not now.
+    #[error("the number of vCPUs stays as it is")]
+    Vcpus(#[from] ResizeError),
+    /// A disk that cannot have another size.
+    #[error(transparent)]
+    ResizeDisk(#[from] devices::virtio::block::ResizeError),
     /// What Cloud Hypervisor has and Dormouse does not.
     #[error("{what} is not in Dormouse yet; see docs/compatibility.md")]
     NotYet {
@@ -69,6 +76,7 @@ impl VmError {
             Self::NotCreated | Self::MissingConfig | Self::UnknownDevice { .. } => 404,
             Self::Config(ConfigError::SameId { .. } | ConfigError::SameDevice { .. }) => 409,
             Self::Config(_) | Self::Power(_) => 400,
+            Self::Vcpus(ResizeError::Pending { .. }) => 429,
             _ => 500,
         }
     }

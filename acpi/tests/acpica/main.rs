@@ -7,5 +7,6 @@ mod compile;
 mod golden;
 mod memory;
 mod power;
+mod processors;
 mod sample;
 mod tools;

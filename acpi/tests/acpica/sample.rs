@@ -17,6 +17,7 @@ pub const EVENTS: u64 = 0xfed2_0000;
 pub fn machine() -> PlatformDescription {
     PlatformDescription {
         processors: vec![0, 1, 2, 3],
+        processor_hotplug: None,
         interrupts: InterruptDescription {
             local_apic_address: 0xfee0_0000,
             io_apic_id: 0,

@@ -9,6 +9,7 @@ use std::mem;
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+use super::hyperv;
 use super::topology::Topology;
 
 #[cfg(test)]
@@ -54,6 +55,10 @@ pub struct CpuidOptions {
     pub tsc_khz: Option<u32>,
     /// Whether the guest may run guests of its own.
     pub nested: bool,
+    /// Whether the guest may use the advanced matrix extensions.
+    pub amx: bool,
+    /// Whether the guest finds a Hyper-V hypervisor.
+    pub hyperv: bool,
 }
 
 /// The leaves that all vCPUs share, ready to be filled in for each.
@@ -88,7 +93,13 @@ impl CpuidTemplate {
                 push_levels(&mut entries, LEAF_TOPOLOGY_V2, &[thread_level(topology), core]);
             }
         }
-        if let Some(tsc_khz) = options.tsc_khz {
+        if !options.amx {
+            amx::hide(&mut entries);
+        }
+        if options.hyperv {
+            // It says the frequencies in its own way.
+            hyperv::insert(&mut entries, topology.vcpus());
+        } else if let Some(tsc_khz) = options.tsc_khz {
             push_timing(&mut entries, tsc_khz);
         }
         Self { entries, topology }
@@ -119,6 +130,47 @@ impl CpuidTemplate {
     /// The physical address bits that the guest sees.
     pub fn phys_bits(&self) -> u8 {
         phys_bits(&self.entries)
+    }
+}
+
+/// Whether the list has the advanced matrix extensions.
+pub fn has_amx(entries: &[kvm_cpuid_entry2]) -> bool {
+    entries.iter().any(|entry| (entry.function, entry.index) == (7, 0) && entry.edx & amx::EDX_TILE != 0)
+}
+
+/// The advanced matrix extensions (Intel SDM volume 1, chapter 18).
+mod amx {
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    /// Leaf 7, EDX: tiles.
+    pub(super) const EDX_TILE: u32 = 1 << 24;
+    /// Leaf 7, EDX: what calculates with them (BF16, INT8).
+    const EDX_ARITHMETIC: u32 = 1 << 22 | 1 << 25;
+    /// Leaf 7, sub-leaf 1: more of that (FP16 in EAX, complex numbers in EDX).
+    const EAX_FP16: u32 = 1 << 21;
+    const EDX_COMPLEX: u32 = 1 << 8;
+    /// State components of tiles, as bits of leaf 0xd and as its sub-leaves.
+    const COMPONENTS: std::ops::RangeInclusive<u32> = 17..=18;
+    /// The leaves that describe tiles.
+    const LEAVES: std::ops::RangeInclusive<u32> = 0x1d..=0x1e;
+
+    /// Takes all of it out.
+    pub(super) fn hide(entries: &mut Vec<kvm_cpuid_entry2>) {
+        entries.retain(|entry| {
+            let component = entry.function == 0xd && COMPONENTS.contains(&entry.index);
+            !component && !LEAVES.contains(&entry.function)
+        });
+        for entry in entries {
+            match (entry.function, entry.index) {
+                (7, 0) => entry.edx &= !(EDX_TILE | EDX_ARITHMETIC),
+                (7, 1) => {
+                    entry.eax &= !EAX_FP16;
+                    entry.edx &= !EDX_COMPLEX;
+                }
+                (0xd, 0) => entry.eax &= !COMPONENTS.fold(0, |bits, component| bits | 1 << component),
+                _ => {}
+            }
+        }
     }
 }
 

@@ -25,7 +25,8 @@
 //! FED1_0000  |  power notification     |  one page each
 //! FED2_0000  |  event device           |
 //! FED3_0000  |  reset register         |
-//! FED4_0000  |  memory slots           |
+//! FED5_0000  |  processors' registers  |
+//! FED6_0000  |  memory slots           |
 //! FEE0_0000  |  local APICs            |
 //! FFFB_C000  |  KVM identity map, TSS  |                                          (reserved)
 //!  1_0000_0000 +-----------------------+  high RAM: what does not fit below
@@ -104,8 +105,10 @@ pub const POWER_NOTIFICATION: AddressRange = AddressRange::new(GuestAddress(0xfe
 pub const EVENT_DEVICE: AddressRange = AddressRange::new(GuestAddress(0xfed2_0000), 0x1000);
 /// The ACPI reset register.
 pub const RESET_REGISTER: AddressRange = AddressRange::new(GuestAddress(0xfed3_0000), 0x1000);
+/// The registers through which processors come and go.
+pub const PROCESSORS: AddressRange = AddressRange::new(GuestAddress(0xfed5_0000), 0x1000);
 /// The registers of memory devices that are added later.
-pub const MEMORY_SLOTS: AddressRange = AddressRange::new(GuestAddress(0xfed4_0000), 0x1000);
+pub const MEMORY_SLOTS: AddressRange = AddressRange::new(GuestAddress(0xfed6_0000), 0x1000);
 /// Local APIC registers, the same address for every vCPU.
 pub const LOCAL_APIC: AddressRange = AddressRange::new(GuestAddress(0xfee0_0000), 0x1000);
 /// Page that KVM uses as identity page table where the processor cannot run real mode (one page).
@@ -130,6 +133,10 @@ pub const I8042_PORT: u16 = 0x60;
 pub const CMOS_PORT: u16 = 0x70;
 /// ACPI PM1a event block, with the control block right behind it: six ports in all.
 pub const PM1_EVENT_PORT: u16 = 0x600;
+/// Power management timer, where firmware built for Cloud Hypervisor has it.
+pub const PM_TIMER_PORT: u16 = 0x608;
+/// The debug console, unless it is asked for elsewhere.
+pub const DEBUG_CONSOLE_PORT: u16 = 0xe9;
 /// PCI configuration by ports (mechanism #1): four of address, four of data.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Reset control register of PC chipsets, among those ports.
@@ -362,6 +369,23 @@ impl MemoryMap {
     /// The 64-bit PCI memory window.
     pub fn mmio64(&self) -> AddressRange {
         self.mmio64
+    }
+
+    /// Has the 64-bit PCI window start right behind RAM instead of half-way up. A firmware that assigns BARs itself puts them there: it
+    /// knows where RAM ends, and not where the tables say that the window is. What HyperTransport takes then ends the window.
+    pub fn lower_mmio64(&mut self) {
+        const GIB: u64 = 1 << 30;
+        let ends = self.ram.iter().chain(&self.hotplug).map(AddressRange::end);
+        let ram_end = ends.max().unwrap_or(HIGH_RAM).max(HIGH_RAM);
+        let mut start = GuestAddress(ram_end.0.next_multiple_of(GIB));
+        if HYPERTRANSPORT.contains(start) {
+            start = HYPERTRANSPORT.end();
+        }
+        let mut window = AddressRange::between(start, self.mmio64.end());
+        if window.overlaps(&HYPERTRANSPORT) {
+            window = AddressRange::between(start, HYPERTRANSPORT.start);
+        }
+        self.mmio64 = window;
     }
 
     /// First address behind the low RAM that the guest may use: the initramfs ends here.

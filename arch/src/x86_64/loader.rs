@@ -1,5 +1,6 @@
 //! Loads what the guest boots from: a Linux bzImage entered in 64-bit mode, or an ELF file with a PVH entry
-//! point; an initramfs; the command line; and the description of the machine that each protocol wants.
+//! point, which may be a kernel or a firmware; an initramfs; the command line; and the description of the machine
+//! that each protocol wants.
 //!
 //! Follows Linux' `Documentation/arch/x86/boot.rst` (protocol 2.12, "64-bit boot protocol") and Xen's
 //! `docs/misc/pvh.pandoc` with `start_info.h`.
@@ -23,6 +24,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::layout::{self, AddressRange, MemoryMap};
 
 mod bzimage;
+mod firmware;
 mod pvh;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,8 @@ mod tests;
 pub enum Role {
     /// The kernel.
     Kernel,
+    /// The firmware that is to find a kernel by itself.
+    Firmware,
     /// The initial RAM file system.
     Initramfs,
 }
@@ -40,6 +44,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Kernel => "kernel",
+            Self::Firmware => "firmware",
             Self::Initramfs => "initramfs",
         })
     }
@@ -95,9 +100,23 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
     },
+    /// A firmware that is none for this machine.
+    #[error(
+        "the firmware {} cannot be booted: {found}; give an ELF file with a PVH entry point, such as CLOUDHV.fd or \
+         hypervisor-fw",
+        path.display()
+    )]
+    NotFirmware {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead and, where there is one, the remedy.
+        found: &'static str,
+    },
     /// One of the formats that can be booted, but not in a way that can.
-    #[error("the kernel {} cannot be booted: {reason}", path.display())]
+    #[error("the {role} {} cannot be booted: {reason}", path.display())]
     Unsupported {
+        /// What the file was to be.
+        role: Role,
         /// The file.
         path: PathBuf,
         /// What it lacks and, where there is one, the remedy.
@@ -105,10 +124,12 @@ pub enum LoadError {
     },
     /// The file is shorter than its own headers say.
     #[error(
-        "the kernel {} is truncated: it has {len} bytes, and its headers call for {needed}; copy it again",
+        "the {role} {} is truncated: it has {len} bytes, and its headers call for {needed}; copy it again",
         path.display()
     )]
     Truncated {
+        /// What the file was to be.
+        role: Role,
         /// The file.
         path: PathBuf,
         /// Length of the file in bytes.
@@ -116,16 +137,18 @@ pub enum LoadError {
         /// Length that its headers call for.
         needed: u64,
     },
-    /// The kernel, with the memory it needs to start, is outside the guest's RAM.
+    /// The kernel or firmware, with the memory it needs to start, is outside the guest's RAM.
     #[error(
-        "the kernel {} does not fit: it needs memory from {start:#x} to {end:#x}, and the guest's RAM there \
+        "the {role} {} does not fit: it needs memory from {start:#x} to {end:#x}, and the guest's RAM there \
          ends at {limit:#x}; give the guest more memory",
         path.display()
     )]
     KernelTooLarge {
+        /// What the file was to be.
+        role: Role,
         /// The file.
         path: PathBuf,
-        /// First address that the kernel needs.
+        /// First address that it needs.
         start: u64,
         /// First address that it does not need.
         end: u64,
@@ -134,11 +157,13 @@ pub enum LoadError {
     },
     /// An ELF segment lies where the loader keeps its own structures, or where there is no RAM.
     #[error(
-        "the kernel {} wants to be loaded at {address:#x}, where the guest has no free RAM; give it more memory, or \
-         use a bzImage",
+        "the {role} {} wants to be loaded at {address:#x}, where the guest has no free RAM; give it more memory, or \
+         use another build of it",
         path.display()
     )]
     Placement {
+        /// What the file was to be.
+        role: Role,
         /// The file.
         path: PathBuf,
         /// Where the segment starts.
@@ -256,10 +281,10 @@ impl ImageFile {
     }
 }
 
-/// Everything that a guest is booted from without firmware.
+/// Everything that a guest is booted from.
 #[derive(Debug)]
 pub struct BootImages {
-    /// The kernel.
+    /// The kernel, or the firmware in its place.
     pub kernel: ImageFile,
     /// The initial RAM file system, if there is one.
     pub initramfs: Option<ImageFile>,
@@ -329,6 +354,9 @@ fn load_kernel<M: GuestMemoryBackend>(
     let mut magic = [0; 4];
     if image.len() >= 4 {
         image.read_at(&mut magic, 0)?;
+    }
+    if image.role == Role::Firmware {
+        firmware::check(image, magic)?;
     }
     if magic == pvh::ELF_MAGIC {
         return pvh::load_elf(memory, map, image);

@@ -1,4 +1,4 @@
-//! Where a serial port's bytes go to and come from: nothing, the terminal, a file, a pseudoterminal or a Unix socket.
+//! Where the bytes of a serial port or debug console go to and come from: nothing, the terminal, a file, a pseudoterminal or a Unix socket.
 //!
 //! A backend outlives the machine: a guest reboot builds a new [`Serial`](super::Serial) over the same backend, so the path
 //! of a pseudoterminal stays, a client stays connected, and no input is lost.
@@ -56,9 +56,7 @@ pub enum SerialMode {
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The output file cannot be opened.
-    #[error(
-        "cannot open '{path}' for the output of the serial port; check the directory and its permissions"
-    )]
+    #[error("cannot open '{path}' for the guest's output; check the directory and its permissions")]
     File {
         /// The file.
         path: PathBuf,
@@ -67,12 +65,12 @@ pub enum BackendError {
         source: io::Error,
     },
     /// Standard input or output cannot be used.
-    #[error(
-        "cannot use standard input and output for the serial port; choose another mode, such as file=PATH"
-    )]
+    #[error("cannot use standard input and output for the guest; choose another mode, such as file=PATH")]
     Terminal(#[source] io::Error),
     /// No pseudoterminal.
-    #[error("cannot make a pseudoterminal for the serial port; check that /dev/pts is mounted")]
+    #[error(
+        "cannot make a pseudoterminal for the guest's serial port or console; check that /dev/pts is mounted"
+    )]
     Pty(#[source] io::Error),
     /// The socket cannot be made.
     #[error(
@@ -86,7 +84,7 @@ pub enum BackendError {
         source: io::Error,
     },
     /// No timer.
-    #[error("cannot make a timer for the serial port; raise the limit on open files (ulimit -n)")]
+    #[error("cannot make a timer for the guest's output; raise the limit on open files (ulimit -n)")]
     Timer(#[source] io::Error),
 }
 
@@ -143,6 +141,20 @@ impl Backend {
             SerialMode::Socket(path) => Self::open_socket(path)?,
         };
         Ok(Some(Arc::new(backend)))
+    }
+
+    /// As [`Self::open`], for a device without input: standard input is left alone.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn open_output(mode: &SerialMode) -> Result<Option<Arc<Self>>, BackendError> {
+        use std::os::fd::AsFd;
+        if *mode != SerialMode::Tty {
+            return Self::open(mode);
+        }
+        let stdout = io::stdout();
+        let sink = Stream::shared(stdout.as_fd(), Direction::Output).map_err(BackendError::Terminal)?;
+        Ok(Some(Arc::new(Self::new("standard output", None, Some(sink), true)?)))
     }
 
     /// A backend over descriptors of the caller's, made non-blocking.

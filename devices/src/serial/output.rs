@@ -146,7 +146,7 @@ impl Output {
         self.blocked = false;
         if self.dropped > 0 {
             log::warn!(
-                "serial port: {} bytes of output were dropped, because {} did not keep up",
+                "guest's output: {} bytes were dropped, because {} did not keep up",
                 self.dropped,
                 self.name
             );
@@ -175,7 +175,7 @@ impl Output {
         self.queue.clear();
         // A client that goes away is no fault, and the event loop sees it go.
         if !self.failed && error.kind() != io::ErrorKind::BrokenPipe {
-            log::warn!("serial port: cannot write to {}: {error}; output is lost", self.name);
+            log::warn!("guest's output: cannot write to {}: {error}; output is lost", self.name);
         }
         self.failed = true;
     }

@@ -6,19 +6,16 @@ use std::path::{Path, PathBuf};
 
 use acpi::smbios::SystemIdentity;
 use arch::layout::MIN_RAM;
-use arch::topology::{APIC_ID_MAX, Topology, TopologyError};
+use arch::topology::TopologyError;
 use devices::serial::SerialMode;
 use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
-    ConsoleConfig, ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, MemoryConfigError, NumaError,
-    PlatformConfig, VmConfig,
+    ConsoleConfig, ConsoleMode, CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig,
+    VmConfig,
 };
-
-/// One for each APIC ID that an interrupt can be sent to.
-const MAX_VCPUS: u16 = APIC_ID_MAX as u16 + 1;
 
 /// Where it is written what Dormouse has of Cloud Hypervisor.
 const COMPATIBILITY: &str = "docs/compatibility.md";
@@ -27,8 +24,21 @@ const COMPATIBILITY: &str = "docs/compatibility.md";
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// Nothing to boot.
-    #[error("there is nothing to boot: give a kernel with --kernel PATH")]
+    #[error("there is nothing to boot: give a kernel with --kernel PATH, or a firmware with --firmware PATH")]
     NoKernel,
+    /// Two things to boot.
+    #[error(
+        "there are both a kernel (--kernel) and a firmware (--firmware) to boot; give one of them: a firmware takes its kernel from the disk"
+    )]
+    TwoPayloads,
+    /// A debug console that cannot be.
+    #[error("debug_console (--debug-console) at port {port:#x} is not possible: {why}")]
+    DebugConsole {
+        /// Its port.
+        port: u16,
+        /// The cause and the remedy.
+        why: &'static str,
+    },
     /// A setting of Cloud Hypervisor that Dormouse does not have yet.
     #[error("{setting} is not in Dormouse yet; leave it out, or see {COMPATIBILITY}")]
     NotYet {
@@ -55,6 +65,9 @@ pub enum ConfigError {
         /// vCPUs asked for.
         boot: u32,
     },
+    /// Processors that come later, or where they run.
+    #[error(transparent)]
+    Cpus(#[from] CpusError),
     /// A topology that does not match.
     #[error("--cpus topology: {0}")]
     Topology(TopologyError),
@@ -84,6 +97,9 @@ pub enum ConfigError {
         /// How many devices are assigned.
         devices: usize,
     },
+    /// A disk, or a limit that disks share.
+    #[error(transparent)]
+    Disk(#[from] super::DiskConfigError),
     /// A device without a path.
     #[error("--device needs the device: write path=/sys/bus/pci/devices/SEGMENT:BUS:DEVICE.FUNCTION")]
     NoDevicePath,
@@ -141,6 +157,19 @@ pub enum ConfigError {
         /// The number.
         bar: u64,
     },
+    /// No balloon to resize.
+    #[error("the VM has no balloon that could be resized; start it with --balloon size=0")]
+    NoBalloon,
+    /// A balloon as large as the guest's memory.
+    #[error(
+        "--balloon size={size}: the guest has {memory} bytes of memory and cannot give up all of them; ask for less"
+    )]
+    Balloon {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of memory.
+        memory: u64,
+    },
     /// Not a UUID.
     #[error("--platform system_uuid={uuid} is no UUID; write it as 8-4-4-4-12 hexadecimal digits")]
     Uuid {
@@ -155,18 +184,14 @@ impl VmConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        match &self.payload {
-            Some(payload) if payload.firmware.is_some() => return Err(not_yet("--firmware")),
-            Some(payload) if payload.kernel.is_some() => {}
-            _ => return Err(ConfigError::NoKernel),
-        }
+        self.payload.as_ref().ok_or(ConfigError::NoKernel)?.validate()?;
         self.cpus.validate()?;
         self.memory.validate()?;
         super::numa::validate(self)?;
         self.console.validate_as_console()?;
-        let debug_console = !matches!(self.debug_console.mode, ConsoleMode::Off);
-        refuse(debug_console, "debug_console (--debug-console) other than off")?;
+        self.debug_console.validate()?;
         self.absent.validate()?;
+        self.validate_balloon()?;
         if let Some(platform) = &self.platform {
             platform.validate()?;
         }
@@ -175,74 +200,28 @@ impl VmConfig {
         if peers && devices.len() > 1 {
             return Err(ConfigError::PeerToPeer { devices: devices.len() });
         }
-        validate_devices(devices)
+        self.validate_all_devices()
     }
 
-    /// The part of [`Self::validate`] that is about assigned devices.
+    /// The part of [`Self::validate`] that is about devices that can come and go.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn validate_device_list(&self) -> Result<(), ConfigError> {
-        validate_devices(self.devices.as_deref().unwrap_or_default())
+    pub fn validate_all_devices(&self) -> Result<(), ConfigError> {
+        validate_devices(self.devices.as_deref().unwrap_or_default())?;
+        self.validate_disks()?;
+        self.validate_names_and_places()
     }
 
-    /// Takes an assigned device out; whether there was one of that name.
+    /// Takes a device out; whether there was one of that name.
     pub fn remove_device(&mut self, id: &str) -> bool {
-        let Some(devices) = &mut self.devices else { return false };
-        let before = devices.len();
-        devices.retain(|device| device.id.as_deref() != Some(id));
-        devices.len() < before
-    }
-
-    /// Gives every assigned device that has no name one of Cloud Hypervisor's form.
-    pub fn name_devices(&mut self) {
-        let devices = self.devices.as_deref_mut().unwrap_or_default();
-        let mut taken: HashSet<String> = devices.iter().filter_map(|device| device.id.clone()).collect();
-        let mut names = (0_u32..).map(|number| format!("_vfio{number}"));
-        for device in devices.iter_mut().filter(|device| device.id.is_none()) {
-            device.id = names.find(|name| taken.insert(name.clone()));
+        let mut removed = false;
+        if let Some(devices) = &mut self.devices {
+            let before = devices.len();
+            devices.retain(|device| device.id.as_deref() != Some(id));
+            removed = devices.len() < before;
         }
-    }
-}
-
-impl CpusConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        refuse(self.kvm_hyperv, "--cpus kvm_hyperv=on")?;
-        refuse(self.affinity.is_some(), "--cpus affinity")?;
-        refuse(self.features.amx, "--cpus features=[amx]")?;
-        refuse(self.core_scheduling != CoreScheduling::Vm, "--cpus core_scheduling other than vm")?;
-        refuse(self.max_vcpus != self.boot_vcpus, "--cpus max other than boot")?;
-        if !(36..=52).contains(&self.max_phys_bits) {
-            return Err(ConfigError::PhysBits { bits: self.max_phys_bits });
-        }
-        self.arch_topology().map(|_| ())
-    }
-
-    /// The number of vCPUs.
-    ///
-    /// # Errors
-    /// [`ConfigError::CpuCount`].
-    pub fn vcpus(&self) -> Result<u16, ConfigError> {
-        let boot = self.boot_vcpus;
-        u16::try_from(boot)
-            .ok()
-            .filter(|count| (1..=MAX_VCPUS).contains(count))
-            .ok_or(ConfigError::CpuCount { boot })
-    }
-
-    /// How the vCPUs are grouped.
-    ///
-    /// # Errors
-    /// [`ConfigError::CpuCount`] or [`ConfigError::Topology`].
-    pub fn arch_topology(&self) -> Result<Topology, ConfigError> {
-        let vcpus = self.vcpus()?;
-        let topology = match self.topology {
-            None => Topology::flat(vcpus),
-            Some(t) => {
-                Topology::new(t.threads_per_core, t.cores_per_die, t.dies_per_package, t.packages, vcpus)
-            }
-        };
-        topology.map_err(ConfigError::Topology)
+        removed || self.remove_emulated(id)
     }
 }
 

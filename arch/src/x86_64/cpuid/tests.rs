@@ -24,7 +24,15 @@ fn host(vendor: &[u8; 12], last_basic: u32) -> Vec<kvm_cpuid_entry2> {
 }
 
 fn options(topology: Topology) -> CpuidOptions {
-    CpuidOptions { topology, max_phys_bits: 46, tsc_deadline: true, tsc_khz: None, nested: true }
+    CpuidOptions {
+        topology,
+        max_phys_bits: 46,
+        tsc_deadline: true,
+        tsc_khz: None,
+        nested: true,
+        amx: false,
+        hyperv: false,
+    }
 }
 
 fn intel(topology: Topology, vcpu: u16) -> Vec<kvm_cpuid_entry2> {
@@ -132,4 +140,35 @@ fn options_take_away_virtualisation_and_add_frequencies() {
     assert_eq!(find(&entries, LEAF_HYPERVISOR, 0).eax, LEAF_TIMING);
     let timing = find(&entries, LEAF_TIMING, 0);
     assert_eq!((timing.eax, timing.ebx), (2_400_000, 1_000_000));
+}
+
+#[test]
+fn matrix_extensions_are_there_only_for_who_asks() {
+    let mut supported = host(b"GenuineIntel", 0x20);
+    supported.extend([
+        leaf(7, 0, [1, 0, 0, 1 << 22 | 1 << 24 | 1 << 25 | 1]),
+        leaf(7, 1, [1 << 21 | 1, 0, 0, 1 << 8 | 1]),
+        leaf(0xd, 0, [6 << 16 | 7, 0, 0, 0]),
+        leaf(0xd, 18, [8192, 0, 0, 0]),
+        leaf(0x1d, 1, [1, 1, 1, 1]),
+    ]);
+    assert!(has_amx(&supported) && !has_amx(&host(b"GenuineIntel", 0x20)));
+    let topology = Topology::flat(1).unwrap();
+    let without = CpuidTemplate::new(&supported, &options(topology)).entries(0);
+    assert!(!has_amx(&without) && !without.iter().any(|e| e.function == 0x1d || e.index == 18));
+    assert_eq!((find(&without, 7, 0).edx, find(&without, 0xd, 0).eax), (1, 7));
+    assert_eq!((find(&without, 7, 1).eax, find(&without, 7, 1).edx), (1, 1));
+    let with = CpuidTemplate::new(&supported, &CpuidOptions { amx: true, ..options(topology) }).entries(0);
+    assert!(has_amx(&with) && with.iter().any(|e| e.function == 0x1d));
+    assert_eq!(find(&with, 0xd, 0).eax, 6 << 16 | 7);
+}
+
+#[test]
+fn a_hyper_v_guest_finds_its_leaves_first() {
+    let hyperv = CpuidOptions { hyperv: true, tsc_khz: Some(1), ..options(Topology::flat(2).unwrap()) };
+    let entries = CpuidTemplate::new(&host(b"GenuineIntel", 0x20), &hyperv).entries(1);
+    assert_eq!(find(&entries, LEAF_HYPERVISOR + 1, 0).eax, u32::from_le_bytes(*b"Hv#1"));
+    assert!(!entries.iter().any(|entry| entry.function == LEAF_TIMING));
+    // KVM still keeps its messages narrow.
+    assert_eq!(find(&entries, LEAF_KVM_FEATURES + 0x100, 0).eax & KVM_FEATURE_MSI_EXT_DEST_ID, 0);
 }

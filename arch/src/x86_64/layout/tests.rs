@@ -61,6 +61,7 @@ fn devices_overlap_neither_each_other_nor_ram() {
             IOAPIC,
             POWER_NOTIFICATION,
             EVENT_DEVICE,
+            PROCESSORS,
             RESET_REGISTER,
             MEMORY_SLOTS,
             LOCAL_APIC,
@@ -123,6 +124,23 @@ fn tables_that_do_not_fit_below_1_mib_go_to_the_top_of_low_ram() {
     let tables = map.entries().into_iter().find(|e| e.kind == RangeKind::AcpiData).unwrap();
     assert_eq!(tables.range, AddressRange::between(start, GuestAddress(256 * MIB)));
     assert_eq!(map.place_tables(65 * MIB), Err(LayoutError::Tables { size: 65 * MIB }));
+}
+
+#[test]
+fn a_lowered_window_starts_behind_ram_and_reaches_neither_it_nor_hypertransport() {
+    for (size, bits) in [(64 * MIB, 36), (6 * GIB, 36), (6 * GIB, 40), (6 * GIB, 46), (2048 * GIB, 46)] {
+        let mut map = MemoryMap::new(size, bits).unwrap();
+        let upper_half = map.mmio64();
+        map.lower_mmio64();
+        let window = map.mmio64();
+        let ram_end = map.ram().last().unwrap().end().max(HIGH_RAM);
+        assert!((0..GIB).contains(&(window.start.0 - ram_end.0)), "{size} bytes, {bits} bits: {window:?}");
+        assert!(!window.overlaps(&HYPERTRANSPORT) && window.len >= upper_half.len.min(512 * GIB));
+    }
+    // The last address below HyperTransport is RAM: the window is behind what that takes.
+    let mut map = MemoryMap::new(HYPERTRANSPORT.start.0 - GIB, 46).unwrap();
+    map.lower_mmio64();
+    assert_eq!(map.mmio64().start, HYPERTRANSPORT.end());
 }
 
 #[test]

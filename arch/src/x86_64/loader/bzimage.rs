@@ -60,7 +60,7 @@ pub(super) fn load_bzimage<M: GuestMemoryBackend>(
     mut header: Header,
 ) -> Result<LoadedKernel, LoadError> {
     let hdr = &mut header.0;
-    let unsupported = |reason| LoadError::Unsupported { path: image.path.clone(), reason };
+    let unsupported = |reason| LoadError::Unsupported { role: image.role, path: image.path.clone(), reason };
     if hdr.version < PROTOCOL_2_12 || hdr.loadflags & LOADED_HIGH == 0 {
         return Err(unsupported("its boot protocol is older than 2.12; use Linux 3.8 or later"));
     }
@@ -82,7 +82,12 @@ pub(super) fn load_bzimage<M: GuestMemoryBackend>(
     let needed = offset + u64::from(syssize) * 16;
     if image.len() < needed || image.len() <= offset {
         let path = image.path.clone();
-        return Err(LoadError::Truncated { path, len: image.len(), needed: needed.max(offset + 1) });
+        return Err(LoadError::Truncated {
+            role: image.role,
+            path,
+            len: image.len(),
+            needed: needed.max(offset + 1),
+        });
     }
     let len = needed - offset;
     // The kernel moves and unpacks itself inside this range before it looks at the memory map.
@@ -90,7 +95,7 @@ pub(super) fn load_bzimage<M: GuestMemoryBackend>(
     let limit = map.low_ram_end().0;
     if load_address < layout::HIGH_MEMORY.0 || end > limit {
         let path = image.path.clone();
-        return Err(LoadError::KernelTooLarge { path, start: load_address, end, limit });
+        return Err(LoadError::KernelTooLarge { role: image.role, path, start: load_address, end, limit });
     }
     let code32_start =
         u32::try_from(load_address).map_err(|_| LoadError::Memory { address: load_address })?;

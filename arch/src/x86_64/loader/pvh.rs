@@ -9,7 +9,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::super::layout::{self, AddressRange, MemoryMap, RangeKind};
-use super::{EntryPoint, ImageFile, LoadError, LoadedKernel, Protocol, zero_guest};
+use super::{EntryPoint, ImageFile, LoadError, LoadedKernel, Protocol, Role, zero_guest};
 
 /// First bytes of every ELF file.
 pub(super) const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
@@ -18,6 +18,8 @@ const PROGRAM_HEADER_LEN: usize = 56;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
 const MACHINE_X86_64: u16 = 62;
+/// CLOUDHV.fd calls itself so: it is entered in 32-bit mode, in a 64-bit file.
+const MACHINE_386: u16 = 3;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 /// Type of the note that holds the entry point; its name is "Xen".
@@ -66,9 +68,10 @@ pub(super) fn load_elf<M: GuestMemoryBackend>(
 fn read_segments(image: &ImageFile) -> Result<Vec<Segment>, LoadError> {
     let truncated = |needed| {
         let path = image.path.clone();
-        Err(LoadError::Truncated { path, len: image.len(), needed })
+        Err(LoadError::Truncated { role: image.role, path, len: image.len(), needed })
     };
-    let unsupported = |reason| Err(LoadError::Unsupported { path: image.path.clone(), reason });
+    let unsupported =
+        |reason| Err(LoadError::Unsupported { role: image.role, path: image.path.clone(), reason });
 
     let mut header = [0; ELF_HEADER_LEN];
     if image.len() < ELF_HEADER_LEN as u64 {
@@ -76,15 +79,15 @@ fn read_segments(image: &ImageFile) -> Result<Vec<Segment>, LoadError> {
     }
     image.read_at(&mut header, 0)?;
     if header[4] != CLASS_64 || header[5] != LITTLE_ENDIAN {
-        return unsupported("it is not a 64-bit little-endian ELF file; use a kernel built for x86_64");
+        return unsupported("it is not a 64-bit little-endian ELF file; use one built for x86_64");
     }
-    if read_u16(&header, 18) != MACHINE_X86_64 {
-        return unsupported("it was built for another architecture; use a kernel built for x86_64");
+    if ![MACHINE_X86_64, MACHINE_386].contains(&read_u16(&header, 18)) {
+        return unsupported("it was built for another architecture; use one built for x86_64");
     }
     let table = read_u64(&header, 32);
     let count = usize::from(read_u16(&header, 56));
     if usize::from(read_u16(&header, 54)) != PROGRAM_HEADER_LEN || count == 0 {
-        return unsupported("it has no program headers; use the linked kernel image, not an object file");
+        return unsupported("it has no program headers; use the linked image, not an object file");
     }
     let table_end = table.saturating_add((count * PROGRAM_HEADER_LEN) as u64);
     if image.len() < table_end {
@@ -122,9 +125,13 @@ fn find_entry(image: &ImageFile, segments: &[Segment]) -> Result<u32, LoadError>
             return Ok(entry);
         }
     }
-    let reason =
-        "it is an ELF file without a PVH entry point; build it with CONFIG_PVH=y, or use its bzImage";
-    Err(LoadError::Unsupported { path: image.path.clone(), reason })
+    let reason = match image.role {
+        Role::Firmware => {
+            "it is an ELF file without a PVH entry point; give one that has it, such as CLOUDHV.fd or hypervisor-fw"
+        }
+        _ => "it is an ELF file without a PVH entry point; build it with CONFIG_PVH=y, or use its bzImage",
+    };
+    Err(LoadError::Unsupported { role: image.role, path: image.path.clone(), reason })
 }
 
 /// Walks notes: three words (name length, descriptor length, type), then name and descriptor, each padded
@@ -153,7 +160,7 @@ fn placement(map: &MemoryMap, image: &ImageFile, segment: &Segment) -> Result<Ad
     });
     let too_large = |limit| {
         let path = image.path.clone();
-        Err(LoadError::KernelTooLarge { path, start: address, end, limit })
+        Err(LoadError::KernelTooLarge { role: image.role, path, start: address, end, limit })
     };
     match ram {
         Some(ram) if end <= ram.range.end().0 && segment.file_len <= segment.memory_len => {
@@ -161,7 +168,7 @@ fn placement(map: &MemoryMap, image: &ImageFile, segment: &Segment) -> Result<Ad
         }
         Some(ram) => too_large(ram.range.end().0),
         None if address >= map.low_ram_end().0 => too_large(map.low_ram_end().0),
-        None => Err(LoadError::Placement { path: image.path.clone(), address }),
+        None => Err(LoadError::Placement { role: image.role, path: image.path.clone(), address }),
     }
 }
 

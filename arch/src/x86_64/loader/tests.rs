@@ -269,3 +269,41 @@ fn old_and_32_bit_kernels_are_refused() {
         assert!(matches!(error, LoadError::Unsupported { .. }), "{error}");
     }
 }
+
+fn firmware(bytes: &[u8]) -> BootImages {
+    BootImages { kernel: image(Role::Firmware, bytes).unwrap(), initramfs: None, command_line: String::new() }
+}
+
+#[test]
+fn a_firmware_that_calls_itself_a_386_program_is_entered_by_its_note() {
+    let (memory, map) = guest(64 * MIB);
+    let mut file = elf(0x10_0000);
+    file[18] = 3;
+    let entry = load(&memory, &map, &firmware(&file), RSDP).unwrap();
+    assert_eq!(entry, EntryPoint::Pvh { address: GuestAddress(0x10_0007) });
+    let info: hvm_start_info = memory.read_obj(layout::PVH_START_INFO).unwrap();
+    assert_eq!((info.rsdp_paddr, info.nr_modules, info.modlist_paddr), (0xe_0000, 0, 0));
+    assert_eq!(bytes_at(&memory, info.cmdline_paddr, 1), [0], "no command line");
+}
+
+#[test]
+fn what_is_no_firmware_is_refused_and_called_by_its_name() {
+    let (memory, map) = guest(64 * MIB);
+    let mut flash = vec![0; 4096];
+    flash[40..44].copy_from_slice(b"_FVH");
+    for (bytes, words) in [
+        (bzimage(4096, 1 << 20), "it is a Linux kernel; boot it with --kernel"),
+        (flash, "it is a flash image for a PC"),
+        (b"#!/bin/sh\n".to_vec(), "it is no ELF file"),
+        (b"x".to_vec(), "it is no ELF file"),
+    ] {
+        let error = load(&memory, &map, &firmware(&bytes), RSDP).unwrap_err().to_string();
+        assert!(error.starts_with("the firmware test.img") && error.contains(words), "{error}");
+    }
+    let error = load(&memory, &map, &firmware(&elf(0x10_0000)[..100]), RSDP).unwrap_err().to_string();
+    assert!(error.starts_with("the firmware test.img is truncated"), "{error}");
+    let mut without_entry = elf(0x10_0000);
+    without_entry[184] = 17;
+    let error = load(&memory, &map, &firmware(&without_entry), RSDP).unwrap_err().to_string();
+    assert!(error.contains("without a PVH entry point") && error.contains("CLOUDHV.fd"), "{error}");
+}

@@ -26,25 +26,25 @@ const STEPS_TO_A_RESET: u64 = 3000;
 const BATCH: u64 = 256;
 
 /// Random numbers by the xorshift of Marsaglia (2003): good enough, and the same again for the same seed.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit.max(1)
     }
 
-    fn index(&mut self, limit: usize) -> usize {
+    pub(super) fn index(&mut self, limit: usize) -> usize {
         usize::try_from(self.below(u64::try_from(limit).unwrap_or(u64::MAX))).unwrap_or(0)
     }
 
-    fn half(&mut self) -> u32 {
+    pub(super) fn half(&mut self) -> u32 {
         u32::try_from(self.next() >> 32).unwrap_or_default()
     }
 }

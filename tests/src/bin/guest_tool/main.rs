@@ -12,10 +12,13 @@
 //! - `guest_tool cycle BDF COUNT MS`: lets a function without a driver suspend, leaves it so for MS milliseconds, wakes
 //!   it, COUNT times; each time it must be in D3cold, then in D0 with the identity it had.
 //! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
+//! - `guest_tool storm SECONDS SEED ADDRESS LENGTH`: random accesses to registers in memory space; see [`storm`].
+//! - `guest_tool cpuid LEAF`: the four registers that CPUID gives for a leaf.
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
+mod storm;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -44,10 +47,12 @@ fn main() -> ExitCode {
         ["pmcsr", bdf, state] => pmcsr(bdf, Some(state)),
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
+        ["storm", seconds, seed, address, length] => storm::run(seconds, seed, address, length),
+        ["cpuid", leaf] => cpuid(leaf),
         ["drm"] => drm::draw(),
-        _ => {
-            Err(io::Error::other("usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|drm ..."))
-        }
+        _ => Err(io::Error::other(
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|storm|cpuid|drm ...",
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -190,6 +195,14 @@ fn cam(bdf: &str, offset: &str) -> io::Result<()> {
     let address = u32::try_from(address).map_err(|_| bad())?;
     // Not by /dev/port, which moves one byte at a time: the address register takes only whole double words.
     println!("{:#010x}", port_io::config_read(address)?);
+    Ok(())
+}
+
+fn cpuid(leaf: &str) -> io::Result<()> {
+    let leaf = u32::try_from(number(leaf)?).map_err(io::Error::other)?;
+    let registers = std::arch::x86_64::__cpuid(leaf);
+    let (eax, ebx, ecx, edx) = (registers.eax, registers.ebx, registers.ecx, registers.edx);
+    println!("{eax:#010x} {ebx:#010x} {ecx:#010x} {edx:#010x}");
     Ok(())
 }
 

@@ -1,0 +1,167 @@
+//! The machine's own PCI devices: made from the configuration once, and put on the bus of each machine that follows.
+//!
+//! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
+//! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use devices::block::DiskError;
+use devices::emulated::EmulatedFunction;
+use devices::pvpanic::PvPanic;
+use devices::virtio::balloon::Balloon;
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::discard::Discarder;
+use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
+use devices::virtio::rng::{Rng, RngError};
+use devices::virtio::watchdog::{CurrentMachine, Watchdog};
+use pci::DevFn;
+use pci::bar::BarError;
+
+use crate::assigned::{Surroundings, message_vectors};
+use crate::config::VmConfig;
+use crate::disks::{DiskUnit, Groups, make_disk};
+use crate::panic_events::PanicTeller;
+
+/// A device that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EmulatedError {
+    /// The panic device.
+    #[error("the panic device: {0}; this is a defect, please report it")]
+    PvPanic(#[from] BarError),
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A virtio device that cannot be put on a bus.
+    #[error("device {id}: {source}; this is a defect, please report it")]
+    Virtio {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: VirtioPciError,
+    },
+}
+
+/// What stands behind a function.
+#[derive(Clone, Debug)]
+pub enum Model {
+    /// A virtio device.
+    Virtio(Arc<dyn VirtioDevice>),
+    /// The panic device: a new one in each machine.
+    PvPanic,
+    /// A disk, which can be given another size.
+    Disk(Arc<DiskUnit>),
+}
+
+/// One device, whatever machine it is in.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// Its name.
+    pub id: String,
+    /// Its device number on bus 0, if that is settled.
+    pub place: Option<u8>,
+    /// What it is.
+    pub model: Model,
+}
+
+impl Unit {
+    /// Gives it another size.
+    ///
+    /// # Errors
+    /// It cannot have that size, and why.
+    pub fn resize(&self, size: u64) -> Result<(), String> {
+        match &self.model {
+            Model::Virtio(device) => device.resize(size),
+            Model::PvPanic => Err("it has no size".to_owned()),
+            Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// Makes the function for a machine, at `devfn` on bus 0.
+    ///
+    /// # Errors
+    /// See [`EmulatedError::Virtio`].
+    pub fn function(
+        &self,
+        devfn: DevFn,
+        around: &Surroundings,
+    ) -> Result<Arc<dyn EmulatedFunction>, EmulatedError> {
+        let device: Arc<dyn VirtioDevice> = match &self.model {
+            Model::PvPanic => {
+                let sink = Arc::new(PanicTeller(around.events.clone()));
+                return Ok(PvPanic::new(&self.id, devfn, Arc::clone(&around.windows.mmio32), sink)?);
+            }
+            Model::Virtio(device) => Arc::clone(device),
+            Model::Disk(disk) => Arc::clone(&disk.block) as _,
+        };
+        let spec = VirtioPciSpec {
+            name: self.id.clone(),
+            device,
+            devfn,
+            memory: around.memory.clone(),
+            window: Arc::clone(&around.windows.mmio64),
+            msi: message_vectors(around),
+            doorbells: Arc::clone(&around.doorbells),
+        };
+        let wrong = |source| EmulatedError::Virtio { id: self.id.clone(), source };
+        Ok(VirtioPci::new(spec).map_err(wrong)?)
+    }
+}
+
+/// What devices share, whatever machine they are in.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// Gives memory back to the host.
+    pub discarder: Arc<Discarder>,
+    /// The machine that there is now.
+    pub machine: Arc<CurrentMachine>,
+}
+
+/// Makes one device when it is its turn.
+type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
+
+/// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
+fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<Make<'a>> {
+    let mut plan: Vec<Make<'a>> = Vec::new();
+    let groups = Rc::new(Groups::new(config, present));
+    for disk in config.disks.iter().flatten() {
+        let groups = Rc::clone(&groups);
+        plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+    }
+    plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
+    if let Some(balloon) = &config.balloon {
+        plan.push(Box::new(|id| {
+            let discarder = Arc::clone(&shared.discarder);
+            Ok(virtio(Balloon::new(id, balloon.size, balloon.options(), discarder)))
+        }));
+    }
+    if config.watchdog {
+        plan.push(Box::new(|id| Ok(virtio(Watchdog::new(id, Arc::clone(&shared.machine))))));
+    }
+    if config.pvpanic {
+        plan.push(Box::new(|_| Ok(Model::PvPanic)));
+    }
+    plan
+}
+
+fn virtio(device: impl VirtioDevice + 'static) -> Model {
+    Model::Virtio(Arc::new(device))
+}
+
+/// Makes all devices of the configuration whose names are not in `present`. All must have names.
+///
+/// # Errors
+/// The first one that cannot be made; those before it are closed again.
+pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Result<Vec<Unit>, EmulatedError> {
+    let mut copy = config.clone();
+    let names = copy.emulated_mut();
+    let new = names.into_iter().zip(plan(config, present, shared)).filter_map(|((_, pci), make)| {
+        let id = pci.id.clone()?;
+        let is_new = !present.iter().any(|unit| unit.id == id);
+        is_new.then_some((id, pci.pci_device_id, make))
+    });
+    new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place })).collect()
+}
