@@ -8,6 +8,7 @@ pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod memory_slots;
+pub mod net;
 pub mod pm1;
 pub mod pm_timer;
 pub mod processors;

@@ -24,11 +24,12 @@ use crate::spec::Kernel;
 const AGENT: &str = include_str!("image/agent.sh");
 const HOST_INIT: &str = include_str!("image/host-init.sh");
 const GUEST_INIT: &str = include_str!("image/guest-init.sh");
-const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
+const HOST_MODULES: [&str; 6] =
+    ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic", "tun", "vhost_net"];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 8] =
-    ["e1000e", "igb", "virtio_pci", "virtio_gpu", "virtio_rng", "nvme", "button", "evdev"];
+const GUEST_MODULES: [&str; 9] =
+    ["e1000e", "igb", "virtio_pci", "virtio_gpu", "virtio_rng", "virtio_net", "nvme", "button", "evdev"];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\

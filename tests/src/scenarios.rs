@@ -16,6 +16,7 @@ mod guest_view;
 mod hostile;
 mod hotplug;
 mod memory;
+mod net;
 mod nic;
 mod nvme;
 mod operator;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        net::table(),
     ]
     .concat()
 }

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
-    MemoryConfig, MemoryZoneConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
+    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
     RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
@@ -41,7 +41,6 @@ const NOT_YET: &[&str] = &[
     "ivshmem",
     "landlock",
     "landlock-rules",
-    "net",
     "pci-segment",
     "pmem",
     "pvmemcontrol",
@@ -141,6 +140,9 @@ struct Run {
     /// Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     rate_limit_group: Vec<String>,
+    /// Network device: tap=NAME or fd=[N,..],mac=,ip=,mask=,host_mac=,mtu=,num_queues=2,queue_size=256,offload_tso=on,
+    /// offload_ufo=on,offload_csum=on,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,vhost=off|on|auto,id=
+    net: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -477,6 +479,7 @@ impl Run {
             watchdog: self.watchdog,
             rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
             disks: some(&self.disk, DiskConfig::parse)?,
+            net: some(&self.net, NetConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -495,6 +498,7 @@ impl Run {
             ("--numa", !self.numa.is_empty()),
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
+            ("--net", !self.net.is_empty()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--disk", !self.disk.is_empty()),

@@ -12,9 +12,11 @@ mod absent;
 mod balloon;
 mod cpus;
 mod debug_console;
+mod descriptors;
 mod disk;
 mod endpoint;
 mod memory;
+mod net;
 mod numa;
 pub mod option_parser;
 mod parse;
@@ -30,9 +32,11 @@ pub use absent::AbsentSettings;
 pub use balloon::BalloonConfig;
 pub use cpus::CpusError;
 pub use debug_console::DebugConsoleConfig;
+pub use descriptors::Descriptors;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
+pub use net::{NetConfig, NetError, VhostChoice};
 pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
@@ -65,6 +69,8 @@ pub struct VmConfig {
     /// Disks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
+    /// Network devices.
+    pub net: Option<Vec<NetConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,

@@ -21,6 +21,7 @@ use pci::bar::BarError;
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
 use crate::disks::{DiskUnit, Groups, make_disk};
+use crate::nets::{NetUnitError, make_net};
 use crate::panic_events::PanicTeller;
 
 /// A device that cannot be made.
@@ -35,6 +36,9 @@ pub enum EmulatedError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetUnitError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -130,6 +134,9 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     for disk in config.disks.iter().flatten() {
         let groups = Rc::clone(&groups);
         plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+    }
+    for net in config.net.iter().flatten() {
+        plan.push(Box::new(move |id| Ok(virtio(make_net(id, net)?))));
     }
     plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
     if let Some(balloon) = &config.balloon {

@@ -34,7 +34,6 @@ macro_rules! absent {
 }
 
 absent! {
-    net => "net (--net)",
     generic_vhost_user => "generic_vhost_user (--generic-vhost-user)",
     fs => "fs (--fs)",
     pmem => "pmem (--pmem)",
@@ -66,7 +65,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_accepted_and_not_shown() {
-        let text = r#"{"fs": null, "vsock": [], "tpm": false, "unheard_of": {"a": 1}}"#;
+        let text = r#"{"disks": null, "fs": [], "pvpanic": false, "unheard_of": {"a": 1}}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert!(settings.validate().is_ok());
         assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");

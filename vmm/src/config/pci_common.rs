@@ -60,6 +60,7 @@ impl VmConfig {
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
         let mut devices = Vec::new();
         devices.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
+        devices.extend(self.net.iter_mut().flatten().map(|net| (Numbered("_net"), &mut net.pci)));
         devices.push((Only("__rng"), &mut self.rng.pci));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
@@ -83,7 +84,7 @@ impl VmConfig {
             "__balloon" => self.balloon.take().is_some(),
             "__watchdog" => std::mem::take(&mut self.watchdog),
             "__pvpanic" => std::mem::take(&mut self.pvpanic),
-            _ => remove(&mut self.disks, id, |disk| &disk.pci),
+            _ => remove(&mut self.disks, id, |disk| &disk.pci) || remove(&mut self.net, id, |net| &net.pci),
         }
     }
 
