@@ -264,8 +264,8 @@ fn huge_pages(case: &Case<'_>) -> Result<()> {
 
 fn shared_zone(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    host.sh("truncate -s 128M /run/zone")?;
-    let zones = "--memory-zone id=a,size=256M id=b,size=128M,file=/run/zone,shared=on";
+    host.sh("truncate -s 192M /run/zone")?;
+    let zones = "--memory-zone id=a,size=192M id=b,size=192M,file=/run/zone,shared=on";
     let guest = host.start_vm(&vm(case, &[]).memory("0").options(zones))?;
     // The word is put together in the guest, so that the command itself is not what is found.
     guest.sh_for(
