@@ -147,7 +147,7 @@ mod tests {
     use super::*;
     use crate::event_device::ReleaseSink;
 
-    const BASE: MmioAddress = MmioAddress(0xfed4_0000);
+    const BASE: MmioAddress = MmioAddress(0xfed6_0000);
     const MEMORY: MemoryInSlot = MemoryInSlot { base: 0x1_4000_0000, size: 0x2_0800_0000, node: 3 };
 
     struct Nobody;

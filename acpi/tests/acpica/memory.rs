@@ -10,7 +10,7 @@ use crate::sample;
 use crate::tools::Scratch;
 
 /// The registers of the memory slots.
-const REGISTERS: u64 = 0xfed4_0000;
+const REGISTERS: u64 = 0xfed6_0000;
 
 /// Puts 1 GiB at 5 GiB into slot 3, in node 2, and tells of it; `ASKS` reads the range back from `_CRS`.
 const FILL: &str = r#"

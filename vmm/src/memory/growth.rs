@@ -95,6 +95,8 @@ pub fn grow(machine: &mut Machine, zone: usize, by: u64) -> Result<(), GrowthErr
         machine.assigned.unmap_memory(&region);
         return Err(e.into());
     }
+    // Those in other processes are told where the memory is before the guest puts anything there.
+    machine.assigned.emulated().for_each(|function| function.memory_changed());
     slots.add(MemoryInSlot { base: range.start.0, size: range.len, node });
     Ok(())
 }
