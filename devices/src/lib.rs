@@ -11,4 +11,5 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod vfio;
+pub mod vhost_user;
 pub mod virtio;
