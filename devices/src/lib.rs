@@ -3,10 +3,12 @@
 //!
 //! `vmm` creates them and puts them on its buses; nothing here knows KVM.
 
+pub mod block;
 pub mod emulated;
 pub mod event_device;
 pub mod i8042;
 pub mod pm1;
+pub mod rate_limit;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

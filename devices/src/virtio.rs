@@ -10,6 +10,7 @@
 //! Everything in a ring is the guest's: what it must not be is a [`RingError`](ring::RingError), which stops the device with DEVICE_NEEDS_RESET and never
 //! more than that.
 
+pub mod block;
 pub mod chain;
 pub mod device;
 pub mod packed;

@@ -16,7 +16,7 @@ use vfio_pm::PolicyChange;
 use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
-use crate::emulated::make_units;
+use crate::emulated::{Model, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
@@ -194,6 +194,7 @@ impl Lifecycle {
             Order::Resize(resize) => self.resize(resize)?,
             Order::AddDevice(device) => return self.add_device(*device),
             Order::AddEmulated(addition) => return self.add_emulated(addition),
+            Order::ResizeDisk { id, size } => self.resize_disk(&id, size)?,
             Order::RemoveDevice(id) => self.remove_device(&id)?,
             Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
             Order::End => {}
@@ -428,6 +429,16 @@ impl Lifecycle {
         self.show_config();
         self.status.set_devices(view);
         Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), VmError> {
+        let vm = self.vm()?;
+        let (_, lifetime) = vm.machine.as_ref().ok_or(VmError::NotRunning)?;
+        let unit = lifetime.units.iter().find(|unit| unit.id == id);
+        match unit.map(|unit| &unit.model) {
+            Some(Model::Disk(disk)) => Ok(disk.block.resize(size)?),
+            _ => Err(VmError::UnknownDevice { id: id.to_owned() }),
+        }
     }
 
     fn remove_device(&mut self, id: &str) -> Result<(), VmError> {

@@ -11,6 +11,7 @@ mod client;
 mod config;
 mod control;
 mod ctl;
+mod disks;
 mod doctor;
 mod emulated;
 mod event_loop;

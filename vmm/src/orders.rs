@@ -41,6 +41,13 @@ pub enum Order {
     AddDevice(Box<DeviceConfig>),
     /// Add one of the machine's own devices.
     AddEmulated(Addition),
+    /// Change the size of a disk.
+    ResizeDisk {
+        /// Its name.
+        id: String,
+        /// Bytes.
+        size: u64,
+    },
     /// Take a device out again.
     RemoveDevice(String),
     /// Change how a device's power is handled.

@@ -48,23 +48,31 @@ impl PciCommon {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultName {
     /// This and a number.
-    #[expect(dead_code, reason = "so far there is one of each")]
     Numbered(&'static str),
     /// This: there is only one.
     Only(&'static str),
 }
 
-use DefaultName::Only;
+use DefaultName::{Numbered, Only};
 
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
-        vec![(Only("__rng"), &mut self.rng.pci)]
+        let mut all = Vec::new();
+        all.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
+        all.push((Only("__rng"), &mut self.rng.pci));
+        all
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
-    pub(super) fn remove_emulated(&mut self, _id: &str) -> bool {
-        false
+    pub(super) fn remove_emulated(&mut self, id: &str) -> bool {
+        fn remove<T>(list: &mut Option<Vec<T>>, id: &str, pci: impl Fn(&T) -> &PciCommon) -> bool {
+            let Some(list) = list else { return false };
+            let before = list.len();
+            list.retain(|device| pci(device).id.as_deref() != Some(id));
+            list.len() < before
+        }
+        remove(&mut self.disks, id, |disk| &disk.pci)
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.
@@ -80,9 +88,9 @@ impl VmConfig {
         }
         for (default, pci) in self.emulated_mut() {
             match default {
-                DefaultName::Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
+                Numbered(prefix) if pci.id.is_none() => pci.id = name(prefix),
                 Only(name) => pci.id = Some(name.to_owned()),
-                DefaultName::Numbered(_) => {}
+                Numbered(_) => {}
             }
         }
     }

@@ -84,6 +84,9 @@ pub enum ConfigError {
         /// How many devices are assigned.
         devices: usize,
     },
+    /// A disk, or a limit that disks share.
+    #[error(transparent)]
+    Disk(#[from] super::DiskConfigError),
     /// A device without a path.
     #[error("--device needs the device: write path=/sys/bus/pci/devices/SEGMENT:BUS:DEVICE.FUNCTION")]
     NoDevicePath,
@@ -183,6 +186,7 @@ impl VmConfig {
     /// The first thing that is wrong.
     pub fn validate_all_devices(&self) -> Result<(), ConfigError> {
         validate_devices(self.devices.as_deref().unwrap_or_default())?;
+        self.validate_disks()?;
         self.validate_names_and_places()
     }
 
