@@ -13,8 +13,8 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
-    PlatformConfig, RateLimitGroupConfig, RngConfig, VmConfig,
+    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, FsConfig, GenericVhostUserConfig,
+    MemoryConfig, OptionError, PayloadConfig, PlatformConfig, RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -33,10 +33,8 @@ const NOT_YET: &[&str] = &[
     "dbus-service-name",
     "dbus-system-bus",
     "debug-console",
-    "fs",
     "fw-cfg-config",
     "gdb",
-    "generic-vhost-user",
     "host-data",
     "igvm",
     "ivshmem",
@@ -131,6 +129,12 @@ struct Run {
     /// Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     rate_limit_group: Vec<String>,
+    /// Shared file system: tag=NAME,socket=PATH,num_queues=1,queue_size=1024,id=. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    fs: Vec<String>,
+    /// vhost-user device of any type: device_type=N,socket=PATH,queue_sizes=[N,..],id=. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    generic_vhost_user: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -453,6 +457,8 @@ impl Run {
             rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
             rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
             disks: some(&self.disk, DiskConfig::parse)?,
+            fs: some(&self.fs, FsConfig::parse)?,
+            generic_vhost_user: some(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -470,6 +476,8 @@ impl Run {
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
             ("--disk", !self.disk.is_empty()),
+            ("--fs", !self.fs.is_empty()),
+            ("--generic-vhost-user", !self.generic_vhost_user.is_empty()),
             ("--rate-limit-group", !self.rate_limit_group.is_empty()),
             ("--device", !self.device.is_empty()),
         ];

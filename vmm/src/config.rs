@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 mod absent;
 mod disk;
 mod endpoint;
+mod fs;
+mod generic_vhost_user;
 pub mod option_parser;
 mod parse;
 pub mod pci_common;
@@ -19,14 +21,18 @@ mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod vhost_user;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
+pub use fs::FsConfig;
+pub use generic_vhost_user::GenericVhostUserConfig;
 pub use option_parser::OptionError;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
+pub use vhost_user::VhostUserConfigError;
 
 /// The whole machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +67,12 @@ pub struct VmConfig {
     /// The source of random numbers.
     #[serde(default)]
     pub rng: RngConfig,
+    /// Shared file systems.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Devices of any type that backends are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,

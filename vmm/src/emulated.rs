@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use devices::block::DiskError;
 use devices::emulated::EmulatedFunction;
+use devices::vhost_user::VhostUserError;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
@@ -16,6 +17,7 @@ use pci::DevFn;
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
 use crate::disks::{DiskUnit, Groups, make_disk};
+use crate::vhost_user;
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +28,14 @@ pub enum EmulatedError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A device that a vhost-user backend is.
+    #[error("device {id}: {source}")]
+    VhostUser {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: VhostUserError,
+    },
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -97,10 +107,17 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit]) -> Vec<Make<'a>> {
     let mut all: Vec<Make<'a>> = Vec::new();
     let groups = Rc::new(Groups::new(config, present));
     for disk in config.disks.iter().flatten() {
+        if disk.vhost_user {
+            all.push(Box::new(|id| vhost_user::disk(id, disk)));
+            continue;
+        }
         let groups = Rc::clone(&groups);
         all.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
     }
     all.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
+    all.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
+    let generic = config.generic_vhost_user.iter().flatten();
+    all.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
     all
 }
 

@@ -61,6 +61,9 @@ impl VmConfig {
         let mut all = Vec::new();
         all.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
         all.push((Only("__rng"), &mut self.rng.pci));
+        all.extend(self.fs.iter_mut().flatten().map(|fs| (Numbered("_fs"), &mut fs.pci)));
+        let generic = self.generic_vhost_user.iter_mut().flatten();
+        all.extend(generic.map(|device| (Numbered("_generic_vhost_user"), &mut device.pci)));
         all
     }
 
@@ -73,6 +76,8 @@ impl VmConfig {
             list.len() < before
         }
         remove(&mut self.disks, id, |disk| &disk.pci)
+            || remove(&mut self.fs, id, |fs| &fs.pci)
+            || remove(&mut self.generic_vhost_user, id, |device| &device.pci)
     }
 
     /// Gives every device that has no name one of Cloud Hypervisor's form.

@@ -14,7 +14,7 @@ use vfio_pm::{Policy, PolicyChange, PolicyError};
 
 use super::{
     ConsoleConfig, ConsoleMode, CoreScheduling, CpusConfig, DeviceConfig, HotplugMethod, MemoryConfig,
-    PlatformConfig, VmConfig,
+    PlatformConfig, VhostUserConfigError, VmConfig,
 };
 
 /// One for each APIC ID that an interrupt can be sent to.
@@ -84,6 +84,9 @@ pub enum ConfigError {
         /// How many devices are assigned.
         devices: usize,
     },
+    /// A device that a vhost-user backend is.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserConfigError),
     /// A disk, or a limit that disks share.
     #[error(transparent)]
     Disk(#[from] super::DiskConfigError),
@@ -187,6 +190,7 @@ impl VmConfig {
     pub fn validate_all_devices(&self) -> Result<(), ConfigError> {
         validate_devices(self.devices.as_deref().unwrap_or_default())?;
         self.validate_disks()?;
+        self.validate_vhost_user()?;
         self.validate_names_and_places()
     }
 
