@@ -145,6 +145,13 @@ impl ConfigSpace {
         Ok(CapabilitySpan { start, len })
     }
 
+    /// Sets bytes of a capability, which the guest can then read and not write. What is past the end is dropped.
+    pub fn set(&mut self, offset: u16, bytes: &[u8]) {
+        for (at, byte) in (usize::from(offset)..regs::LEGACY_CONFIG_LEN).zip(bytes) {
+            self.registers.set_u8(at, *byte);
+        }
+    }
+
     /// Appends the capability by which a bridge tells its subsystem.
     pub fn add_bridge_subsystem(&mut self, (vendor, id): (u16, u16)) -> Result<CapabilitySpan, NoRoom> {
         let span = self.add_capability(regs::CAP_SUBSYSTEM, SUBSYSTEM_CAPABILITY_LEN)?;

@@ -94,3 +94,5 @@ pub const CAP_SUBSYSTEM: u8 = 0x0d;
 pub const CAP_PCIE: u8 = 0x10;
 /// Capability ID of MSI-X.
 pub const CAP_MSIX: u8 = 0x11;
+/// Vendor-specific capability.
+pub const CAP_VENDOR: u8 = 0x09;

@@ -27,7 +27,7 @@ const DISK_ROOT: &str = include_str!("image/disk-root.sh");
 const PEERS: &str = include_str!("image/peers.sh");
 const HOST_INIT: &str = include_str!("image/host-init.sh");
 const GUEST_INIT: &str = include_str!("image/guest-init.sh");
-const HOST_MODULES: [&str; 14] = [
+const HOST_MODULES: &[&str] = &[
     "kvm_amd",
     "vfio_pci",
     "vfio_iommu_type1",
@@ -46,11 +46,12 @@ const HOST_MODULES: [&str; 14] = [
 ];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 10] = [
+const GUEST_MODULES: &[&str] = &[
     "e1000e",
     "igb",
     "virtio_pci",
     "virtio_gpu",
+    "virtio_rng",
     "nvme",
     "button",
     "evdev",
@@ -96,7 +97,7 @@ pub fn build_guest(artifacts: &Artifacts, guest: Kernel) -> Result<Vec<u8>> {
     let mut image = cached(&Base {
         name: format!("guest-{guest}"),
         kernel: kernel::obtain(guest)?,
-        modules: &GUEST_MODULES,
+        modules: GUEST_MODULES,
         init: GUEST_INIT,
         motd: "",
     })?;
@@ -129,7 +130,7 @@ fn host_base(kernel: Kernel) -> Result<Base> {
     Ok(Base {
         name: format!("host-{kernel}"),
         kernel: kernel::obtain(kernel)?,
-        modules: &HOST_MODULES,
+        modules: HOST_MODULES,
         init: HOST_INIT,
         motd: MOTD,
     })

@@ -22,6 +22,7 @@ mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
+mod virtio;
 
 use crate::error::Result;
 use crate::runner::{Case, Scenario};
@@ -59,6 +60,7 @@ pub fn all() -> Vec<Scenario> {
         faults::table(),
         api::table(),
         tables::table(),
+        virtio::table(),
     ]
     .concat()
 }

@@ -4,8 +4,8 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use acpi::notify_abi::{
-    ID, REQUEST_OFF, REQUEST_ON, RESOURCE_COUNT, RESOURCES_PER_WAKE_WORD, Register, ResourceIndex, VERSION,
-    WakeWord, decode,
+    ID, REQUEST_OFF, REQUEST_ON, RESOURCE_COUNT, RESOURCES_PER_WAKE_WORD, Register, ResourceIndex, STATUS_ON,
+    VERSION, WakeWord, decode,
 };
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -17,12 +17,17 @@ use crate::domain::PowerDomain;
 pub struct NotifyDevice {
     /// By resource index. Held for a look only, never over a call of a domain.
     routes: RwLock<Vec<Option<Arc<PowerDomain>>>>,
+    /// Resources of functions that have no power to cut, likewise.
+    always_on: RwLock<Vec<bool>>,
 }
 
 impl NotifyDevice {
     /// A device for these domains. Where two claim one resource index, the first has it.
     pub fn new(domains: Vec<Arc<PowerDomain>>) -> Self {
-        let device = Self { routes: RwLock::new(vec![None; RESOURCE_COUNT]) };
+        let device = Self {
+            routes: RwLock::new(vec![None; RESOURCE_COUNT]),
+            always_on: RwLock::new(vec![false; RESOURCE_COUNT]),
+        };
         domains.iter().for_each(|domain| device.add(domain));
         device
     }
@@ -47,6 +52,19 @@ impl NotifyDevice {
         }
     }
 
+    /// The tables give this resource to a function that has no power to cut: it reads as on, whatever is asked for. Or no longer.
+    pub fn set_always_on(&self, index: ResourceIndex, on: bool) {
+        let mut always_on = self.always_on.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = always_on.get_mut(index.as_usize()) {
+            *place = on;
+        }
+    }
+
+    fn is_always_on(&self, index: ResourceIndex) -> bool {
+        let always_on = self.always_on.read().unwrap_or_else(PoisonError::into_inner);
+        always_on.get(index.as_usize()).copied().unwrap_or(false)
+    }
+
     fn domain(&self, index: ResourceIndex) -> Option<Arc<PowerDomain>> {
         let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
         routes.get(index.as_usize()).cloned().flatten()
@@ -58,7 +76,11 @@ impl NotifyDevice {
             Register::Version => VERSION,
             Register::Wake(word) => self.take_wakes(word),
             Register::Request(_) => 0,
-            Register::Status(index) => self.domain(index).map_or(0, |domain| domain.status(index)),
+            Register::Status(index) => match self.domain(index) {
+                Some(domain) => domain.status(index),
+                None if self.is_always_on(index) => STATUS_ON,
+                None => 0,
+            },
         }
     }
 

@@ -15,6 +15,8 @@ use devices::vfio::host::HostFunction;
 use devices::vfio::host_signals;
 use devices::vfio::layout::{FunctionLayout, LayoutError};
 use devices::vfio::open::{Handle, OpenError, name};
+use devices::virtio::Memory;
+use devices::virtio::pci::DoorbellMapper;
 use log::{info, warn};
 use pci::cap::pcie::LinkSpeed;
 use pci::function::PciBridge;
@@ -44,11 +46,11 @@ const INTERRUPT_PIN: u16 = 0x3d;
 pub enum AssignedError {
     /// More slots than bus 0 has room for.
     #[error(
-        "{0} slots of assigned devices do not fit: bus 0 has room for 31 root ports; assign fewer devices"
+        "{0} slots of assigned devices, root ports and other devices do not fit: bus 0 has room for 31; give the VM fewer"
     )]
     Slots(usize),
     /// Two slots want the same place.
-    #[error("--device pci_device_id={device}: that place on bus 0 is taken; choose another from 1 to 31")]
+    #[error("pci_device_id={device}: that place on bus 0 is taken; choose another from 1 to 31")]
     PlaceTaken {
         /// Device number on bus 0.
         device: u8,
@@ -110,7 +112,7 @@ pub enum AssignedError {
     },
 }
 
-/// What assigned devices need of the machine.
+/// What devices need of the machine.
 pub struct Surroundings {
     /// Interrupt routes.
     pub router: Arc<IrqRouter>,
@@ -126,6 +128,10 @@ pub struct Surroundings {
     pub events: Events,
     /// Who hears that the guest has let go of a device.
     pub releases: Arc<dyn ReleaseSink>,
+    /// Guest memory.
+    pub memory: Memory,
+    /// Doorbells of virtio devices.
+    pub doorbells: Arc<dyn DoorbellMapper>,
 }
 
 /// One assigned device: the host's view and the user's wishes.
@@ -191,7 +197,8 @@ pub struct SlotFunction {
     pub resource: Option<ResourceIndex>,
 }
 
-fn message_vectors(around: &Surroundings) -> Arc<dyn MsiAllocator> {
+/// Gives out message vectors of the machine.
+pub fn message_vectors(around: &Surroundings) -> Arc<dyn MsiAllocator> {
     Arc::new(MsiVectors(Arc::clone(&around.router)))
 }
 

@@ -13,8 +13,8 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
-    PlatformConfig, VmConfig,
+    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, MemoryConfig, OptionError, PayloadConfig,
+    PlatformConfig, RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -33,7 +33,6 @@ const NOT_YET: &[&str] = &[
     "dbus-service-name",
     "dbus-system-bus",
     "debug-console",
-    "disk",
     "fs",
     "fw-cfg-config",
     "gdb",
@@ -50,9 +49,7 @@ const NOT_YET: &[&str] = &[
     "pmem",
     "pvmemcontrol",
     "pvpanic",
-    "rate-limit-group",
     "restore",
-    "rng",
     "rtc",
     "tpm",
     "user-device",
@@ -125,6 +122,18 @@ struct Run {
     /// Paravirtual console: off or null
     #[arg(long, value_name = "MODE", default_value = "off")]
     console: String,
+    /// Disk: path=FILE,readonly=off,direct=off,image_type=raw|qcow2,num_queues=1,queue_size=128,serial=,id=,rate_limit_group=,
+    /// bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,backing_files=off,sparse=on,lock_granularity=byte-range|full
+    /// and more. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    disk: Vec<String>,
+    /// Rate limit that several disks share: id=,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS and bursts.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    rate_limit_group: Vec<String>,
+    /// Source of the guest's random numbers: src=/dev/urandom
+    #[arg(long, value_name = "KEYS")]
+    rng: Option<String>,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -374,6 +383,15 @@ fn with_refused(command: clap::Command) -> clap::Command {
     })
 }
 
+/// The values of an option that can be given several times.
+fn some<T>(
+    values: &[String],
+    parse: impl Fn(&str) -> Result<T, OptionError>,
+) -> Result<Option<Vec<T>>, OptionError> {
+    let all: Vec<T> = values.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
+    Ok((!all.is_empty()).then_some(all))
+}
+
 /// Help and version are answers; everything else is made one line.
 fn usage(error: &clap::Error) -> Result<Action, CliError> {
     let text = error.render().to_string();
@@ -432,6 +450,9 @@ impl Run {
             }),
             serial: ConsoleConfig::parse("--serial", &self.serial)?,
             console: ConsoleConfig::parse("--console", &self.console)?,
+            rng: self.rng.as_deref().map_or_else(|| Ok(RngConfig::default()), RngConfig::parse)?,
+            rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
+            disks: some(&self.disk, DiskConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -447,6 +468,9 @@ impl Run {
             ("--cpus", self.cpus.is_some()),
             ("--memory", self.memory.is_some()),
             ("--platform", self.platform.is_some()),
+            ("--rng", self.rng.is_some()),
+            ("--disk", !self.disk.is_empty()),
+            ("--rate-limit-group", !self.rate_limit_group.is_empty()),
             ("--device", !self.device.is_empty()),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)

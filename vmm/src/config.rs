@@ -9,16 +9,22 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod disk;
 mod endpoint;
 pub mod option_parser;
 mod parse;
+pub mod pci_common;
+mod rate_limit;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use absent::{AbsentSettings, DebugConsoleConfig, RngConfig};
+pub use absent::{AbsentSettings, DebugConsoleConfig};
+pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
+pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
 
@@ -40,6 +46,12 @@ pub struct VmConfig {
     /// The paravirtual console.
     #[serde(default = "ConsoleConfig::off")]
     pub console: ConsoleConfig,
+    /// Limits that several disks share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
+    /// Disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,

@@ -1,4 +1,4 @@
-//! The assigned devices of a running machine: those it was started with, and those that come and go.
+//! The devices of a running machine that are on PCI: those it was started with, and those that come and go.
 //!
 //! A device comes in one step: it is opened, put on its bus, and the guest is told. It goes in two: the guest is asked, and once it has let go of
 //! the device, the device is closed. Closing can take as long as the host needs to give a sleeping device its power back,
@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use devices::emulated::EmulatedFunction;
 use devices::event_device::EventDevice;
 use devices::vfio::dma;
 use devices::vfio::function::VfioFunction;
@@ -22,6 +23,7 @@ use vfio_pm::NotifyDevice;
 use vm_memory::GuestMemoryMmap;
 
 use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
+use crate::emulated::Unit;
 use crate::machine::MachineError;
 use crate::places::Place;
 use crate::vcpu::FaultCure;
@@ -110,6 +112,9 @@ impl AssignedDevices {
                 board.notify.add(&slot.domain);
                 plug(&board.bus, place, slot)?;
             }
+            if let Some(function) = &place.emulated {
+                plug_emulated(&board, place, function)?;
+            }
         }
         Ok(Self { places, board, iommu, closing: Vec::new() })
     }
@@ -172,6 +177,35 @@ impl AssignedDevices {
         Ok(moved)
     }
 
+    /// The machine's own functions.
+    pub fn emulated(&self) -> impl Iterator<Item = &Arc<dyn EmulatedFunction>> {
+        self.places.iter().filter_map(|place| place.emulated.as_ref())
+    }
+
+    /// Adds one of the machine's own devices, on bus 0.
+    ///
+    /// # Errors
+    /// There is no place, or it cannot be put there.
+    pub fn add_emulated(&mut self, unit: &Unit) -> Result<Moved, MachineError> {
+        let is_free = |place: &&mut Place| place.is_free() && place.seat.port().is_none();
+        let mut free = self.places.iter_mut().filter(is_free);
+        let place = match unit.place {
+            Some(device) => {
+                let found = free.find(|place| place.seat.device() == device);
+                found.ok_or(AssignedError::PlaceTaken { device })?
+            }
+            None => free.next().ok_or(AssignedError::NoFreePlace)?,
+        };
+        let function = unit.function(place.guest_address().devfn, &self.board.around)?;
+        plug_emulated(&self.board, place, &function)?;
+        place.emulated = Some(function);
+        place.leaving = false;
+        let moved = moved(unit.id.clone(), place);
+        info!("device {} has been added at {} of the guest", moved.id, moved.bdf);
+        self.board.event_device.function_added(moved.place);
+        Ok(moved)
+    }
+
     /// Which place the device goes to: the one it asks for, below a reserved port if there is one, else on bus 0.
     fn free_place(&self, assignment: &Assignment) -> Result<usize, MachineError> {
         let free = || self.places.iter().enumerate().filter(|(_, place)| place.is_free());
@@ -218,8 +252,7 @@ impl AssignedDevices {
     /// # Errors
     /// It shares its place with others, or the machine was not made for it.
     pub fn request_removal(&mut self, id: &str) -> Option<Result<(), AssignedError>> {
-        let has = |place: &Place| place.slot.iter().flat_map(|slot| &slot.functions).any(|f| f.id == id);
-        let place = self.places.iter_mut().find(|place| has(place))?;
+        let place = self.places.iter_mut().find(|place| place.ids().any(|name| name == id))?;
         if !place.is_removable() {
             return Some(Err(AssignedError::NotRemovable { id: id.to_owned() }));
         }
@@ -246,6 +279,19 @@ impl AssignedDevices {
             return;
         };
         place.leaving = false;
+        if let Some(function) = place.emulated.take() {
+            let moved = moved(function.name().to_owned(), place);
+            drop(self.board.bus.unplug(moved.bdf.devfn));
+            place.resources().for_each(|index| self.board.notify.set_always_on(index, false));
+            before(&moved);
+            self.close(move || {
+                function.shutdown();
+                drop(function);
+                info!("device {} has been removed", moved.id);
+                then(moved);
+            });
+            return;
+        }
         let Some(slot) = place.slot.take() else { return };
         let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
         let moved = moved(id, place);
@@ -264,7 +310,7 @@ impl AssignedDevices {
         before(&moved);
         let context = self.iommu.context.clone();
         self.forget_context_of_nobody();
-        let close = move || {
+        self.close(move || {
             let id = moved.id.clone();
             slot.domain.shutdown();
             wait_until_unused(&slot);
@@ -273,7 +319,11 @@ impl AssignedDevices {
             thread::sleep(settles);
             info!("device {id} has been removed");
             then(moved);
-        };
+        });
+    }
+
+    /// Closes a device, without keeping others waiting.
+    fn close(&mut self, close: impl FnOnce() + Send + 'static) {
         match thread::Builder::new().name("unplug".to_owned()).spawn(close) {
             Ok(thread) => self.closing.push(thread),
             Err(e) => warn!("no thread to close a device: {e}; it has been closed on the main thread"),
@@ -283,8 +333,7 @@ impl AssignedDevices {
     /// Says why the guest does not let go.
     pub fn refused(&mut self, device: u8, status: u8) {
         if let Some(place) = self.places.iter().find(|place| place.seat.device() == device && place.leaving) {
-            let ids: Vec<_> =
-                place.slot.iter().flat_map(|slot| &slot.functions).map(|f| f.id.as_str()).collect();
+            let ids: Vec<_> = place.ids().collect();
             warn!(
                 "device {}: the guest does not let go of it (status {status:#x}): end what uses it in the guest, and remove it again",
                 ids.join(", ")
@@ -337,6 +386,17 @@ fn moved(id: String, place: &Place) -> Moved {
         place: place.seat.device(),
         below_port: place.seat.port().is_some(),
     }
+}
+
+/// Puts one of the machine's own functions on bus 0.
+fn plug_emulated(
+    board: &Board,
+    place: &Place,
+    function: &Arc<dyn EmulatedFunction>,
+) -> Result<(), MachineError> {
+    place.resources().for_each(|index| board.notify.set_always_on(index, true));
+    let function = Arc::clone(function) as Arc<dyn PciFunction>;
+    board.bus.plug(place.guest_address().devfn, function).map_err(MachineError::Bus)
 }
 
 /// Puts what is on bus 0 itself there; a port is there already.

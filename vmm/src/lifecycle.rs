@@ -16,11 +16,12 @@ use vfio_pm::PolicyChange;
 use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
+use crate::emulated::{Model, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
 use crate::multicall::Program;
-use crate::orders::{Completion, Order, Orders, Resize};
+use crate::orders::{Addition, Completion, Order, Orders, Resize};
 use crate::running::Running;
 use crate::status::{MachineView, Status, VmState};
 use crate::vm_error::VmError;
@@ -192,6 +193,8 @@ impl Lifecycle {
             Order::Nmi => self.running()?.nmi(),
             Order::Resize(resize) => self.resize(resize)?,
             Order::AddDevice(device) => return self.add_device(*device),
+            Order::AddEmulated(addition) => return self.add_emulated(addition),
+            Order::ResizeDisk { id, size } => self.resize_disk(&id, size)?,
             Order::RemoveDevice(id) => self.remove_device(&id)?,
             Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
             Order::End => {}
@@ -246,6 +249,7 @@ impl Lifecycle {
             console,
             battery: Battery::default(),
             latched: Vec::new(),
+            units: make_units(&config, &[]).map_err(MachineError::from)?,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
@@ -379,7 +383,7 @@ impl Lifecycle {
         let vm = self.vm()?;
         let mut config = vm.config.clone();
         config.devices.get_or_insert_default().push(device);
-        config.validate_device_list()?;
+        config.validate_all_devices()?;
         let Some((running, _)) = &mut vm.machine else {
             vm.config = config;
             self.show_config();
@@ -402,6 +406,41 @@ impl Lifecycle {
         Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
     }
 
+    fn add_emulated(&mut self, addition: Addition) -> Result<Completion, VmError> {
+        let vm = self.vm()?;
+        let mut config = vm.config.clone();
+        (addition.0)(&mut config);
+        config.validate_all_devices()?;
+        let Some((running, lifetime)) = &mut vm.machine else {
+            vm.config = config;
+            self.show_config();
+            return Ok(Completion::Plain);
+        };
+        config.name_devices();
+        let unit = make_units(&config, &lifetime.units).map_err(MachineError::from)?.pop();
+        let mut unit = unit.ok_or(VmError::NotRunning)?;
+        let moved = running.add_emulated(&unit)?;
+        // After a reboot of the guest it is where it is now.
+        unit.place = Some(moved.place);
+        config.set_place(&unit.id, moved.place);
+        lifetime.units.push(unit);
+        let view = MachineView::new(running.machine());
+        vm.config = config;
+        self.show_config();
+        self.status.set_devices(view);
+        Ok(Completion::Device { id: moved.id, bdf: moved.bdf.to_string() })
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), VmError> {
+        let vm = self.vm()?;
+        let (_, lifetime) = vm.machine.as_ref().ok_or(VmError::NotRunning)?;
+        let unit = lifetime.units.iter().find(|unit| unit.id == id);
+        match unit.map(|unit| &unit.model) {
+            Some(Model::Disk(disk)) => Ok(disk.block.resize(size)?),
+            _ => Err(VmError::UnknownDevice { id: id.to_owned() }),
+        }
+    }
+
     fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
         let unknown = || VmError::UnknownDevice { id: id.to_owned() };
         let vm = self.vm()?;
@@ -419,7 +458,7 @@ impl Lifecycle {
     /// The guest has let go of devices.
     fn devices_released(&mut self) {
         let Some(vm) = &mut self.vm else { return };
-        let Some((running, _)) = &mut vm.machine else { return };
+        let Some((running, lifetime)) = &mut vm.machine else { return };
         let (released, refused) = running.take_releases();
         if let Some((place, status)) = refused {
             running.assigned_mut().refused(place, status);
@@ -441,6 +480,7 @@ impl Lifecycle {
                 },
             );
             if let Some(id) = gone {
+                lifetime.units.retain(|unit| unit.id != id);
                 vm.config.remove_device(&id);
                 self.status.set_config(Some(&vm.config));
             }

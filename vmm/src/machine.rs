@@ -34,11 +34,13 @@ use vm_device::{DeviceMmio, DevicePio};
 use crate::assigned::{AssignedError, Assignment, Surroundings, device_paths};
 use crate::config::{ConfigError, DeviceConfig, VmConfig};
 use crate::control::Control;
+use crate::emulated::{EmulatedError, Unit};
 use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
 use crate::events::Events;
 use crate::firmware::{self, FirmwareError};
 use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
+use crate::ioevents::KvmDoorbells;
 use crate::irq::{Gsi, IrqRouter};
 use crate::memory::{GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
@@ -77,6 +79,9 @@ pub enum MachineError {
     /// Assigned devices.
     #[error(transparent)]
     Assigned(#[from] AssignedError),
+    /// The machine's own devices.
+    #[error(transparent)]
+    Emulated(#[from] EmulatedError),
     /// BARs that do not fit.
     #[error(transparent)]
     Bars(#[from] AssignError),
@@ -129,6 +134,8 @@ pub struct Lifetime {
     pub(crate) battery: Battery,
     /// Devices that did not come back from low power: a reset of the guest is no reason to try again.
     pub(crate) latched: Vec<Bdf>,
+    /// The machine's own PCI devices.
+    pub(crate) units: Vec<Unit>,
     /// Whether devices can come and go: only where there is an API to say so.
     pub(crate) hotplug: bool,
 }
@@ -186,7 +193,7 @@ impl Machine {
             hotplug: lifetime.hotplug,
             ports: config.platform.as_ref().map_or(0, |platform| platform.hotplug_ports),
         };
-        check_places(&devices, reserve)?;
+        check_places(&devices, &lifetime.units, reserve)?;
         let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
         let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
 
@@ -250,9 +257,11 @@ impl Machine {
             latched: lifetime.latched.clone(),
             events: lifetime.events.clone(),
             releases: Arc::clone(&control) as _,
+            memory: ram.space().clone(),
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
         };
         let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory())?;
-        let places = build_places(&devices, &handles, &around, reserve)?;
+        let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let (bus, plan) = pci_bus(&places, &map)?;
         buses.mmio(

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use devices::virtio::Memory;
 use rustix::fs::MemfdFlags;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -55,6 +56,7 @@ pub struct GuestRam {
     // Order matters: the slots go before the memory behind them is unmapped.
     _slots: Vec<Memslot>,
     memory: GuestMemoryMmap,
+    space: Memory,
 }
 
 impl GuestRam {
@@ -78,12 +80,18 @@ impl GuestRam {
                     .map_err(|source| MemoryError::Slot { gpa, source })
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { _slots: slots, memory })
+        let space = Memory::new(memory.clone());
+        Ok(Self { _slots: slots, memory, space })
     }
 
     /// The memory itself.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// The memory as devices hold it, with what is added later.
+    pub fn space(&self) -> &Memory {
+        &self.space
     }
 }
 

@@ -1,6 +1,7 @@
 //! What operators want done, on its way from the API's threads to the main thread, which alone changes machines.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -38,12 +39,30 @@ pub enum Order {
     Resize(Resize),
     /// Add an assigned device.
     AddDevice(Box<DeviceConfig>),
+    /// Add one of the machine's own devices.
+    AddEmulated(Addition),
+    /// Change the size of a disk.
+    ResizeDisk {
+        /// Its name.
+        id: String,
+        /// Bytes.
+        size: u64,
+    },
     /// Take a device out again.
     RemoveDevice(String),
     /// Change how a device's power is handled.
     PowerPolicy(String, PolicyChange),
     /// End the VMM.
     End,
+}
+
+/// A device that is to be added, as what makes it part of a configuration.
+pub struct Addition(pub Box<dyn FnOnce(&mut VmConfig) + Send>);
+
+impl fmt::Debug for Addition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Addition")
+    }
 }
 
 /// New numbers; what is absent stays.

@@ -9,12 +9,15 @@ use std::sync::Arc;
 use acpi::event_abi::PLACE_COUNT;
 use acpi::notify_abi::{RESOURCE_COUNT, ResourceIndex};
 use acpi::platform::{FunctionDescription, RootPortDescription};
+use devices::emulated::EmulatedFunction;
 use devices::vfio::open::Handle;
 use pci::assign::{FunctionNeeds, PortNeeds};
 use pci::bar::BarKind;
 use pci::{Bdf, DevFn};
 
 use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
+use crate::emulated::Unit;
+use crate::machine::MachineError;
 
 /// Memory that is kept below each reserved port: for registers of most devices, and for the memory of a large GPU.
 const RESERVED_MMIO32: u64 = 64 << 20;
@@ -25,8 +28,10 @@ const RESERVED_MMIO64: u64 = 32 << 30;
 pub struct Place {
     /// What is there all the time: a port, or nothing.
     pub seat: Seat,
-    /// The functions there.
+    /// The assigned functions there.
     pub slot: Option<Slot>,
+    /// The machine's own function there.
+    pub emulated: Option<Arc<dyn EmulatedFunction>>,
     /// Power resources that the tables give the first function and its port.
     resources: [Option<ResourceIndex>; 2],
     /// Whether it can be filled and emptied.
@@ -41,7 +46,14 @@ pub struct Place {
 struct Planned<'a> {
     device: u8,
     below_port: bool,
-    members: Vec<&'a Assignment>,
+    content: Content<'a>,
+}
+
+/// What is to be in a place.
+enum Content<'a> {
+    Assigned(Vec<&'a Assignment>),
+    Emulated(&'a Unit),
+    Reserved,
 }
 
 /// What is to be on bus 0 beside the devices of the configuration.
@@ -54,8 +66,41 @@ pub struct Reserve {
 }
 
 /// Where slots go on bus 0, and which functions are in each.
-fn plan<'a>(devices: &'a [Assignment], reserve: Reserve) -> Result<Vec<Planned<'a>>, AssignedError> {
-    let mut slots: Vec<(Option<u8>, bool, Vec<&Assignment>)> = Vec::new();
+fn plan<'a>(
+    devices: &'a [Assignment],
+    units: &'a [Unit],
+    reserve: Reserve,
+) -> Result<Vec<Planned<'a>>, AssignedError> {
+    let slots = slots(devices)?;
+    let assigned = slots.into_iter().map(|(place, port, members)| (place, port, Content::Assigned(members)));
+    let ports = (0..reserve.ports).map(|_| (None, true, Content::Reserved));
+    let emulated = units.iter().map(|unit| (unit.place, false, Content::Emulated(unit)));
+    let wanted: Vec<_> = assigned.chain(ports).chain(emulated).collect();
+    let count = wanted.len();
+    // Device 0 is the host bridge.
+    let mut taken = [false; PLACE_COUNT as usize];
+    taken[0] = true;
+    for device in wanted.iter().filter_map(|(place, ..)| *place) {
+        let place = taken.get_mut(usize::from(device)).filter(|taken| !**taken);
+        *place.ok_or(AssignedError::PlaceTaken { device })? = true;
+    }
+    wanted
+        .into_iter()
+        .map(|(place, below_port, content)| {
+            let free = || taken.iter().position(|taken| !taken).and_then(|free| u8::try_from(free).ok());
+            let device = place.or_else(free).ok_or(AssignedError::Slots(count))?;
+            taken[usize::from(device)] = true;
+            Ok(Planned { device, below_port, content })
+        })
+        .collect()
+}
+
+/// A slot of assigned functions: the place that it wants, whether it is below a port, and what is in it.
+type WantedSlot<'a> = (Option<u8>, bool, Vec<&'a Assignment>);
+
+/// Puts functions of one host slot together.
+fn slots(devices: &[Assignment]) -> Result<Vec<WantedSlot<'_>>, AssignedError> {
+    let mut slots: Vec<WantedSlot<'_>> = Vec::new();
     for device in devices {
         let bdf = device.host.bdf;
         let below_port = device.config.root_port.unwrap_or(true);
@@ -77,55 +122,50 @@ fn plan<'a>(devices: &'a [Assignment], reserve: Reserve) -> Result<Vec<Planned<'
             None => slots.push((wish, below_port, vec![device])),
         }
     }
-    slots.extend((0..reserve.ports).map(|_| (None, true, Vec::new())));
-    let count = slots.len();
-    // Device 0 is the host bridge.
-    let mut taken = [false; PLACE_COUNT as usize];
-    taken[0] = true;
-    for device in slots.iter().filter_map(|(place, ..)| *place) {
-        let place = taken.get_mut(usize::from(device)).filter(|taken| !**taken);
-        *place.ok_or(AssignedError::PlaceTaken { device })? = true;
-    }
-    slots
-        .into_iter()
-        .map(|(place, below_port, mut members)| {
-            let free = || taken.iter().position(|taken| !taken).and_then(|free| u8::try_from(free).ok());
-            let device = place.or_else(free).ok_or(AssignedError::Slots(count))?;
-            taken[usize::from(device)] = true;
-            members.sort_by_key(|member| member.host.bdf);
-            Ok(Planned { device, below_port, members })
-        })
-        .collect()
+    slots.iter_mut().for_each(|(.., members)| members.sort_by_key(|member| member.host.bdf));
+    Ok(slots)
 }
 
 /// Whether there is a place on bus 0 for every slot, before any device is opened.
-pub fn check_places(devices: &[Assignment], reserve: Reserve) -> Result<(), AssignedError> {
-    plan(devices, reserve).map(drop)
+pub fn check_places(devices: &[Assignment], units: &[Unit], reserve: Reserve) -> Result<(), AssignedError> {
+    plan(devices, units, reserve).map(drop)
 }
 
 /// Puts all slots together and keeps places for those that come later. `opened` holds the handles of `devices`.
 pub fn build_places(
     devices: &[Assignment],
     opened: &[Arc<Handle>],
+    units: &[Unit],
     around: &Surroundings,
     reserve: Reserve,
-) -> Result<Vec<Place>, AssignedError> {
+) -> Result<Vec<Place>, MachineError> {
     let mut indices = (0..RESOURCE_COUNT).filter_map(|index| u8::try_from(index).ok()).map(ResourceIndex);
     let mut places = Vec::new();
-    for Planned { device, below_port, members } in plan(devices, reserve)? {
-        let reserved = members.is_empty();
+    for Planned { device, below_port, content } in plan(devices, units, reserve)? {
+        let reserved = matches!(content, Content::Reserved);
         let seat = match below_port {
-            true if reserved => Seat::new_slot(device, around)?,
-            true => Seat::new_port(device, around)?,
+            true if reserved => Seat::new_slot(device, around).map_err(AssignedError::from)?,
+            true => Seat::new_port(device, around).map_err(AssignedError::from)?,
             false => Seat::Bus0(device),
         };
-        let handle_of = |bdf: Bdf| opened.iter().find(|handle| handle.bdf() == bdf);
-        let handles: Vec<_> =
-            members.iter().filter_map(|m| Some((*m, Arc::clone(handle_of(m.host.bdf)?)))).collect();
-        let slot =
-            if reserved { None } else { Some(build_slot(&seat, handles, around, &mut indices, false)?) };
+        let (mut slot, mut emulated) = (None, None);
+        match content {
+            Content::Assigned(members) => {
+                let handle_of = |bdf: Bdf| opened.iter().find(|handle| handle.bdf() == bdf);
+                let handles =
+                    members.iter().filter_map(|m| Some((*m, Arc::clone(handle_of(m.host.bdf)?)))).collect();
+                slot = Some(build_slot(&seat, handles, around, &mut indices, false)?);
+            }
+            Content::Emulated(unit) => {
+                emulated = Some(unit.function(DevFn::from_bits(device << 3), around)?);
+            }
+            Content::Reserved => {}
+        }
         let resources = match &slot {
             Some(slot) => [slot.functions.first().and_then(|place| place.resource), slot.port_resource],
+            // The machine's own functions have no power to cut. What comes after one may have.
+            None if emulated.is_some() && !reserve.hotplug => [None, None],
+            None if emulated.is_some() => [indices.next(), None],
             None => [indices.next(), indices.next()],
         };
         if let (Seat::Port(port), Some(slot)) = (&seat, &slot) {
@@ -135,6 +175,7 @@ pub fn build_places(
         places.push(Place {
             seat,
             slot,
+            emulated,
             resources,
             removable: reserve.hotplug && alone,
             has_slot: reserved,
@@ -146,6 +187,7 @@ pub fn build_places(
         places.extend((1..PLACE_COUNT).filter(|device| !taken.contains(device)).map(|device| Place {
             seat: Seat::Bus0(device),
             slot: None,
+            emulated: None,
             resources: [indices.next(), None],
             removable: true,
             has_slot: false,
@@ -163,7 +205,18 @@ impl Place {
 
     /// Whether a function can be put here now.
     pub fn is_free(&self) -> bool {
-        self.removable && self.slot.is_none()
+        self.removable && self.is_empty()
+    }
+
+    /// Whether there is nothing here.
+    pub fn is_empty(&self) -> bool {
+        self.slot.is_none() && self.emulated.is_none()
+    }
+
+    /// Names of what is here.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        let assigned = self.slot.iter().flat_map(|slot| &slot.functions).map(|function| function.id.as_str());
+        assigned.chain(self.emulated.iter().map(|function| function.name()))
     }
 
     /// Whether what is here can go while the guest runs.
@@ -199,7 +252,7 @@ impl Place {
     pub fn bus_0_needs(&self) -> Option<FunctionNeeds> {
         match (&self.seat, &self.slot) {
             (Seat::Bus0(_), Some(slot)) => slot.functions.first().map(|place| place.function.needs()),
-            _ => None,
+            _ => self.emulated.as_ref().map(|function| function.needs()),
         }
     }
 

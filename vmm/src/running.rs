@@ -7,6 +7,7 @@ use log::{debug, info, warn};
 use vfio_pm::{ControlError, Policy, PolicyChange};
 
 use crate::assigned::Assignment;
+use crate::emulated::Unit;
 use crate::event_loop::Outcome;
 use crate::hotplug::{AssignedDevices, Moved};
 use crate::hypervisor;
@@ -41,6 +42,7 @@ impl Running {
         if let Some(vcpus) = &self.vcpus {
             vcpus.pause();
         }
+        self.machine.assigned.emulated().for_each(|function| function.pause());
         self.stopped_clock = match self.machine.vm.get_clock() {
             Ok(clock) => Some(clock),
             Err(e) => {
@@ -59,6 +61,7 @@ impl Running {
                 warn!("the guest's clock jumps over the pause: {e}");
             }
         }
+        self.machine.assigned.emulated().for_each(|function| function.resume());
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
@@ -99,6 +102,14 @@ impl Running {
         assigned.add(assignment, ram.memory(), || Ok(hypervisor::create_vfio_device(vm)?))
     }
 
+    /// Adds one of the machine's own devices.
+    ///
+    /// # Errors
+    /// See [`AssignedDevices::add_emulated`](crate::hotplug::AssignedDevices::add_emulated).
+    pub fn add_emulated(&mut self, unit: &Unit) -> Result<Moved, MachineError> {
+        self.machine.assigned.add_emulated(unit)
+    }
+
     /// The assigned devices.
     pub fn assigned_mut(&mut self) -> &mut AssignedDevices {
         &mut self.machine.assigned
@@ -120,6 +131,7 @@ impl Running {
             slot.domain.shutdown();
             lifetime.latched.extend(slot.domain.report().first().and_then(|report| report.latched_by));
         }
+        self.machine.assigned.emulated().for_each(|function| function.shutdown());
         debug!("the machine is taken apart: RAM {:?}", self.machine.ram);
     }
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use devices::emulated::EmulatedFunction;
 use pci::bar::BarKind;
 use pci::{Bdf, DevFn};
 use serde::Serialize;
@@ -66,14 +67,32 @@ impl DeviceView {
 pub struct MachineView {
     /// Assigned functions, in the order of their places in the guest.
     pub devices: Vec<DeviceView>,
+    /// The machine's own functions, likewise.
+    pub emulated: Vec<EmulatedView>,
+}
+
+/// One of the machine's own functions.
+#[derive(Clone, Debug)]
+pub struct EmulatedView {
+    /// Its name.
+    pub id: String,
+    /// Its address in the guest.
+    pub guest: Bdf,
+    /// The function.
+    pub function: Arc<dyn EmulatedFunction>,
 }
 
 impl MachineView {
     /// Of a machine that is ready to run.
     pub fn new(machine: &Machine) -> Self {
-        let mut devices = Vec::new();
+        let (mut devices, mut emulated) = (Vec::new(), Vec::new());
         for place in machine.assigned.places() {
             let first = place.guest_address();
+            emulated.extend(place.emulated.iter().map(|function| EmulatedView {
+                id: function.name().to_owned(),
+                guest: first,
+                function: Arc::clone(function),
+            }));
             for function in place.slot.iter().flat_map(|slot| &slot.functions) {
                 let number = function.function.devfn().function();
                 let devfn = DevFn::new(first.devfn.device(), number).unwrap_or(first.devfn);
@@ -97,7 +116,7 @@ impl MachineView {
                 });
             }
         }
-        Self { devices }
+        Self { devices, emulated }
     }
 
     /// The function with this name.
@@ -160,6 +179,7 @@ impl Status {
     pub fn forget_device(&self, id: &str) {
         if let Some((_, machine)) = &mut self.present().machine {
             machine.devices.retain(|device| device.id != id);
+            machine.emulated.retain(|device| device.id != id);
         }
     }
 

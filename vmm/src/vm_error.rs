@@ -51,6 +51,9 @@ pub enum VmError {
         /// Why not, and what to do.
         why: String,
     },
+    /// A disk that cannot have another size.
+    #[error(transparent)]
+    ResizeDisk(#[from] devices::virtio::block::ResizeError),
     /// What Cloud Hypervisor has and Dormouse does not.
     #[error("{what} is not in Dormouse yet; see docs/compatibility.md")]
     NotYet {

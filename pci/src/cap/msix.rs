@@ -309,6 +309,13 @@ impl MsixVectors {
         count
     }
 
+    /// Makes a vector that exists ahead of its first unmask, so that its eventfd can be given away. See [`VectorSet::reserve`].
+    pub fn reserve(&mut self, vector: u16) {
+        if vector < self.capability.layout.vectors {
+            self.vectors.reserve(vector, self.capability.message(vector));
+        }
+    }
+
     /// See [`MsixCapability::read`].
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         self.capability.read(offset, data);

@@ -17,7 +17,8 @@ mkdir -p /debian /images
 mount -t ext4 -o ro "$(disk root)" /debian
 mount -t ext4 "$(disk images)" /images
 for dir in dev proc sys run tmp images; do mount --bind /$dir /debian/$dir; done
-printf '#!/bin/sh\nPATH=/usr/sbin:/usr/bin:/usr/libexec exec chroot /debian "$@"\n' >/bin/debian
+# By env, since busybox would run a program of its own of that name.
+printf '#!/bin/sh\nPATH=/usr/sbin:/usr/bin:/usr/libexec exec chroot /debian /usr/bin/env "$@"\n' >/bin/debian
 chmod +x /bin/debian
 for program in dmsetup fio iperf3 passt qemu-img qemu-io qemu-nbd qemu-storage-daemon socat virtiofsd; do
   rm -f /bin/$program

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Api, power};
 use crate::multicall::VERSION;
-use crate::status::{BarPlace, DeviceView, MachineView, VmState};
+use crate::status::{BarPlace, CounterMap, DeviceView, EmulatedView, MachineView, VmState};
 use crate::vm_error::VmError;
 
 /// The release of Cloud Hypervisor whose API this is; clients compare it.
@@ -56,7 +56,20 @@ fn device_tree(machine: &MachineView) -> Value {
         }
         nodes.insert(device.id.clone(), function_node(device, port.map(|(name, _)| name)));
     }
+    for device in &machine.emulated {
+        nodes.insert(device.id.clone(), emulated_node(device));
+    }
     json!(nodes)
+}
+
+fn emulated_node(device: &EmulatedView) -> Value {
+    let bars = device.function.bars();
+    let resources: Vec<Value> = bars
+        .into_iter()
+        .map(|bar| BarPlace { index: bar.index, base: bar.base, size: bar.size, kind: bar.kind })
+        .map(|bar| bar_resource(&bar))
+        .collect();
+    json!({ "id": device.id, "resources": resources, "children": [], "pci_bdf": device.guest.to_string() })
 }
 
 fn function_node(device: &DeviceView, port: Option<String>) -> Value {
@@ -94,8 +107,15 @@ fn bar_resource(bar: &BarPlace) -> Value {
 pub fn counters(api: &Api) -> Result<Value, VmError> {
     let counters = api.status.look(|_, state, machine| {
         (state != VmState::Created).then(|| {
-            let devices = machine.iter().flat_map(|machine| &machine.devices);
-            devices.map(|device| (device.id.clone(), power::counters(device))).collect::<BTreeMap<_, _>>()
+            let assigned = machine.iter().flat_map(|machine| &machine.devices);
+            let assigned = assigned.map(|device| (device.id.clone(), power::counters(device)));
+            let emulated = machine.iter().flat_map(|machine| &machine.emulated).filter_map(|device| {
+                let counters = device.function.counters();
+                let counters: CounterMap =
+                    counters.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+                (!counters.is_empty()).then(|| (device.id.clone(), counters))
+            });
+            assigned.chain(emulated).collect::<BTreeMap<_, _>>()
         })
     });
     counters.flatten().map(|counters| json!(counters)).ok_or(VmError::NotRunning)

@@ -8,8 +8,8 @@ use vfio_pm::PolicyChange;
 
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
-use crate::config::{DeviceConfig, VmConfig};
-use crate::orders::{Completion, Order, Resize};
+use crate::config::{DeviceConfig, DiskConfig, VmConfig};
+use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
 
 /// Where all endpoints but `/metrics` are.
@@ -70,7 +70,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.power-wake", "The device could not be woken", Endpoint::Body(power_wake)),
     ("vm.power-reset", "The device could not be recovered", Endpoint::Body(power_reset)),
     ("vm.add-user-device", "The device could not be added to the VM", Endpoint::Absent("a vfio-user device")),
-    ("vm.add-disk", "The disk could not be added to the VM", Endpoint::Absent("a disk")),
+    ("vm.add-disk", "The disk could not be added to the VM", Endpoint::Body(add_disk)),
     ("vm.add-fs", "The file system could not be added to the VM", Endpoint::Absent("virtio-fs")),
     (
         "vm.add-generic-vhost-user",
@@ -81,7 +81,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
     ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Absent("virtio-vsock")),
-    ("vm.resize-disk", "The disk could not be resized", Endpoint::Absent("resizing a disk")),
+    ("vm.resize-disk", "The disk could not be resized", Endpoint::Body(resize_disk)),
     ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Absent("memory zones")),
     ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Absent("snapshots")),
     ("vm.restore", "The VM could not be restored", Endpoint::Absent("snapshots")),
@@ -215,6 +215,27 @@ fn resize(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
 
 fn add_device(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
     place(api, Order::AddDevice(Box::new(parse::<DeviceConfig>(body)?)))
+}
+
+/// Adds a device of the machine's own: `insert` makes it part of the configuration.
+fn add_emulated(api: &Api, insert: impl FnOnce(&mut VmConfig) + Send + 'static) -> Result<Answer, Failure> {
+    place(api, Order::AddEmulated(Addition(Box::new(insert))))
+}
+
+fn add_disk(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let disk = parse::<DiskConfig>(body)?;
+    add_emulated(api, move |config| config.disks.get_or_insert_default().push(disk))
+}
+
+#[derive(Deserialize)]
+struct ResizeDiskBody {
+    id: String,
+    desired_size: u64,
+}
+
+fn resize_disk(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let ResizeDiskBody { id, desired_size } = parse(body)?;
+    place(api, Order::ResizeDisk { id, size: desired_size })
 }
 
 #[derive(Deserialize)]

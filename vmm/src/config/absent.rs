@@ -34,8 +34,6 @@ macro_rules! absent {
 }
 
 absent! {
-    rate_limit_groups => "rate_limit_groups (--rate-limit-group)",
-    disks => "disks (--disk)",
     net => "net (--net)",
     balloon => "balloon (--balloon)",
     generic_vhost_user => "generic_vhost_user (--generic-vhost-user)",
@@ -66,23 +64,6 @@ fn is_unused(value: &Value) -> bool {
     }
 }
 
-/// Where the guest's random numbers come from. Every Cloud Hypervisor machine has such a device, so every client can name a source; the
-/// device itself is not there yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RngConfig {
-    /// The source.
-    pub src: String,
-    /// Whether the device is behind the virtual IOMMU.
-    #[serde(default, skip_serializing_if = "super::is_false")]
-    pub iommu: bool,
-}
-
-impl Default for RngConfig {
-    fn default() -> Self {
-        Self { src: "/dev/urandom".to_owned(), iommu: false }
-    }
-}
-
 /// The debug console; its modes other than `Off` are not there yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DebugConsoleConfig {
@@ -108,7 +89,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_accepted_and_not_shown() {
-        let text = r#"{"disks": null, "net": [], "watchdog": false, "unheard_of": {"a": 1}}"#;
+        let text = r#"{"fs": null, "net": [], "watchdog": false, "unheard_of": {"a": 1}}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert!(settings.validate().is_ok());
         assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");
@@ -116,11 +97,9 @@ mod tests {
 
     #[test]
     fn what_somebody_asks_for_is_shown_and_refused_by_name() {
-        let text = r#"{"disks":[{"path":"/tmp/disk.img"}]}"#;
+        let text = r#"{"fs":[{"tag":"shared"}]}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_string(&settings).unwrap(), text);
-        assert!(
-            settings.validate().unwrap_err().to_string().starts_with("disks (--disk) is not in Dormouse yet")
-        );
+        assert!(settings.validate().unwrap_err().to_string().starts_with("fs (--fs) is not in Dormouse yet"));
     }
 }

@@ -84,6 +84,9 @@ pub enum ConfigError {
         /// How many devices are assigned.
         devices: usize,
     },
+    /// A disk, or a limit that disks share.
+    #[error(transparent)]
+    Disk(#[from] super::DiskConfigError),
     /// A device without a path.
     #[error("--device needs the device: write path=/sys/bus/pci/devices/SEGMENT:BUS:DEVICE.FUNCTION")]
     NoDevicePath,
@@ -174,33 +177,28 @@ impl VmConfig {
         if peers && devices.len() > 1 {
             return Err(ConfigError::PeerToPeer { devices: devices.len() });
         }
-        validate_devices(devices)
+        self.validate_all_devices()
     }
 
-    /// The part of [`Self::validate`] that is about assigned devices.
+    /// The part of [`Self::validate`] that is about devices that can come and go.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn validate_device_list(&self) -> Result<(), ConfigError> {
-        validate_devices(self.devices.as_deref().unwrap_or_default())
+    pub fn validate_all_devices(&self) -> Result<(), ConfigError> {
+        validate_devices(self.devices.as_deref().unwrap_or_default())?;
+        self.validate_disks()?;
+        self.validate_names_and_places()
     }
 
-    /// Takes an assigned device out; whether there was one of that name.
+    /// Takes a device out; whether there was one of that name.
     pub fn remove_device(&mut self, id: &str) -> bool {
-        let Some(devices) = &mut self.devices else { return false };
-        let before = devices.len();
-        devices.retain(|device| device.id.as_deref() != Some(id));
-        devices.len() < before
-    }
-
-    /// Gives every assigned device that has no name one of Cloud Hypervisor's form.
-    pub fn name_devices(&mut self) {
-        let devices = self.devices.as_deref_mut().unwrap_or_default();
-        let mut taken: HashSet<String> = devices.iter().filter_map(|device| device.id.clone()).collect();
-        let mut names = (0_u32..).map(|number| format!("_vfio{number}"));
-        for device in devices.iter_mut().filter(|device| device.id.is_none()) {
-            device.id = names.find(|name| taken.insert(name.clone()));
+        let mut removed = false;
+        if let Some(devices) = &mut self.devices {
+            let before = devices.len();
+            devices.retain(|device| device.id.as_deref() != Some(id));
+            removed = devices.len() < before;
         }
+        removed || self.remove_emulated(id)
     }
 }
 
@@ -438,7 +436,7 @@ fn parse_uuid(text: &str) -> Option<[u8; 16]> {
     Some(bytes)
 }
 
-fn refuse(given: bool, setting: &'static str) -> Result<(), ConfigError> {
+pub(super) fn refuse(given: bool, setting: &'static str) -> Result<(), ConfigError> {
     if given { Err(not_yet(setting)) } else { Ok(()) }
 }
 

@@ -1,0 +1,1 @@
+//! Images of both forms against a model, and against `qemu-img`.

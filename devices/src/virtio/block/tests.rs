@@ -1,0 +1,1 @@
+//! The device behind rings of every form.

@@ -1,0 +1,291 @@
+//! A device behind the function's registers, as a driver comes upon it.
+
+use pci::cap::vectors::fake::FakeAllocator;
+use vm_memory::Bytes;
+use vm_memory::GuestAddress;
+
+use super::super::device::{F_RING_PACKED, F_RINGS};
+use super::super::ring::RingFeatures;
+use super::super::rng::Rng;
+use super::super::testing::{DriverQueue, memory};
+use super::common::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
+use super::*;
+
+const BASE: u64 = 0x10_0000;
+const DATA: u64 = 0x20_0000;
+const AT: u64 = 0x8000_0000;
+
+#[derive(Debug)]
+struct NoDoorbells;
+
+impl DoorbellMapper for NoDoorbells {
+    fn map(&self, _address: u64, _event: &Arc<EventFd>) -> std::io::Result<Box<dyn Doorbell>> {
+        Err(std::io::Error::other("the stores are trapped here"))
+    }
+}
+
+struct Bench {
+    function: Arc<VirtioPci>,
+    memory: Memory,
+    msi: Arc<FakeAllocator>,
+    window: Arc<BarWindow>,
+}
+
+impl Bench {
+    /// An entropy device whose BAR is decoded, with vector 1 for its queue.
+    fn new() -> Self {
+        let memory = memory();
+        let msi = FakeAllocator::new();
+        let window = Arc::new(BarWindow::new(AT, 1 << 20).unwrap());
+        let function = VirtioPci::new(VirtioPciSpec {
+            name: "rng".to_owned(),
+            device: Arc::new(Rng::new("rng", "/dev/urandom".as_ref()).unwrap()),
+            devfn: DevFn::from_bits(8),
+            memory: memory.clone(),
+            window: Arc::clone(&window),
+            msi: msi.clone(),
+            doorbells: Arc::new(NoDoorbells),
+        })
+        .unwrap();
+        function.config_write(0x10, &u32::try_from(AT).unwrap().to_le_bytes());
+        function.config_write(4, &[6, 0]);
+        Self { function, memory, msi, window }
+    }
+
+    fn put(&self, offset: u64, data: &[u8]) {
+        self.window.write(AT + offset, data);
+    }
+
+    fn get<const N: usize>(&self, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.window.read(AT + offset, &mut data);
+        data
+    }
+
+    fn status(&self) -> u8 {
+        self.get::<1>(20)[0]
+    }
+
+    /// Goes as far as FEATURES_OK.
+    fn negotiate(&self, features: u64) {
+        self.put(20, &[0]);
+        assert_eq!(self.status(), 0);
+        self.put(20, &[ACKNOWLEDGE]);
+        self.put(20, &[ACKNOWLEDGE | DRIVER]);
+        for (select, half) in [(0_u32, features), (1, features >> 32)] {
+            self.put(8, &select.to_le_bytes());
+            self.put(12, &half.to_le_bytes()[..4]);
+        }
+        self.put(20, &[ACKNOWLEDGE | DRIVER | FEATURES_OK]);
+    }
+
+    fn set_queue(&self, queue: &DriverQueue) {
+        self.put(22, &[0, 0]);
+        self.put(24, &queue.layout.size.to_le_bytes());
+        self.put(26, &[1, 0]);
+        for (at, address) in
+            [(32, queue.layout.descriptors), (40, queue.layout.driver), (48, queue.layout.device)]
+        {
+            self.put(at, &address.to_le_bytes()[..4]);
+            self.put(at + 4, &address.to_le_bytes()[4..]);
+        }
+        self.put(28, &[1, 0]);
+    }
+
+    fn unmask_vectors(&self) {
+        let span = self.function.capabilities.msix.start();
+        self.function.config_write(span + 2, &0x8000_u16.to_le_bytes());
+        for vector in 0..2 {
+            let entry = u64::from(MSIX_TABLE) + vector * 16;
+            self.put(entry, &0xfee0_0000_u32.to_le_bytes());
+            self.put(entry + 12, &[0; 4]);
+        }
+    }
+
+    fn ready(&self) {
+        self.put(20, &[ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK]);
+    }
+
+    /// A driver with one queue that is at work.
+    fn start(&self, features: RingFeatures) -> DriverQueue {
+        let mut bits = F_VERSION_1 | F_RINGS;
+        if !features.packed {
+            bits &= !F_RING_PACKED;
+        }
+        self.memory.memory().write_slice(&[0; 0x8000], GuestAddress(BASE)).unwrap();
+        self.negotiate(bits);
+        let queue = DriverQueue::new(&self.memory, BASE, 16, features);
+        self.set_queue(&queue);
+        self.unmask_vectors();
+        self.ready();
+        queue
+    }
+
+    fn ring(&self) {
+        self.put(DOORBELLS, &[0, 0]);
+    }
+
+    fn works(&self, queue: &mut DriverQueue) {
+        let id = queue.add(&[(DATA, 64, true)]);
+        self.ring();
+        assert_eq!(queue.wait_used(), Some((id, 64)));
+        let mut bytes = [0; 64];
+        self.memory.memory().read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+        assert_ne!(bytes, [0; 64]);
+    }
+}
+
+const SPLIT: RingFeatures = RingFeatures { packed: false, event_idx: true, indirect: true };
+const PACKED: RingFeatures = RingFeatures { packed: true, event_idx: true, indirect: true };
+
+#[test]
+fn a_driver_finds_the_device_sets_it_up_uses_it_and_resets_it() {
+    let bench = Bench::new();
+    let mut identity = [0; 4];
+    bench.function.config_read(0, &mut identity);
+    assert_eq!(identity, [0xf4, 0x1a, 0x44, 0x10]);
+    for features in [SPLIT, PACKED, SPLIT] {
+        let mut queue = bench.start(features);
+        assert_eq!(bench.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        bench.works(&mut queue);
+        let signals: u64 = bench.msi.vectors().iter().map(|vector| vector.signals()).sum();
+        assert_eq!(signals, 1);
+        assert_eq!(bench.get::<1>(ISR), [1]);
+        assert_eq!(bench.get::<1>(ISR), [0], "reading clears it");
+        bench.put(20, &[0]);
+        assert_eq!(bench.status(), 0);
+        bench.put(22, &[0, 0]);
+        assert_eq!(bench.get::<2>(28), [0, 0], "the queue is not enabled any more");
+    }
+}
+
+#[test]
+fn features_that_were_not_offered_or_without_the_standard_are_not_agreed_to() {
+    let bench = Bench::new();
+    for features in [0, 1, F_VERSION_1 | 1, F_RINGS] {
+        bench.negotiate(features);
+        assert_eq!(bench.status() & FEATURES_OK, 0, "{features:#x}");
+    }
+    bench.ready();
+    assert_ne!(bench.status() & NEEDS_RESET, 0);
+    assert_eq!(bench.status() & DRIVER_OK, 0);
+}
+
+#[test]
+fn a_broken_ring_stops_the_device_and_a_reset_mends_it() {
+    let bench = Bench::new();
+    let mut queue = bench.start(SPLIT);
+    bench.works(&mut queue);
+    queue.make_available(99);
+    bench.ring();
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while bench.status() & NEEDS_RESET == 0 {
+        assert!(std::time::Instant::now() < deadline, "the device goes on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(bench.get::<1>(ISR)[0] & 2, 2, "the driver is told");
+    let mut queue = bench.start(SPLIT);
+    bench.works(&mut queue);
+}
+
+#[test]
+fn a_queue_that_is_changed_in_use_or_is_not_there_stops_the_device() {
+    type Act = fn(&Bench);
+    let acts: [Act; 5] = [
+        |bench| bench.put(24, &[8, 0]),
+        |bench| bench.put(32, &[0; 8]),
+        |bench| bench.put(28, &[0, 0]),
+        |bench| {
+            bench.put(22, &[0xff, 0xff]);
+            bench.put(28, &[1, 0]);
+        },
+        |bench| {
+            bench.put(22, &[1, 0]);
+            bench.put(24, &[8, 0]);
+        },
+    ];
+    for (number, act) in acts.iter().enumerate() {
+        let bench = Bench::new();
+        let mut queue = bench.start(SPLIT);
+        bench.works(&mut queue);
+        act(&bench);
+        assert_ne!(bench.status() & NEEDS_RESET, 0, "act {number}");
+        let mut queue = bench.start(SPLIT);
+        bench.works(&mut queue);
+    }
+}
+
+#[test]
+fn registers_answer_any_access_and_those_of_no_queue_read_zero() {
+    let bench = Bench::new();
+    bench.put(22, &[0xff, 0xff]);
+    assert_eq!(bench.get::<2>(24), [0, 0]);
+    assert_eq!(bench.get::<8>(32), [0; 8]);
+    for offset in (0..BAR_SIZE - 8).step_by(7) {
+        bench.get::<8>(offset);
+        bench.get::<3>(offset);
+        if !(20..22).contains(&offset) {
+            bench.put(offset, &[0xff; 8]);
+            bench.put(offset, &[0xff]);
+        }
+    }
+    for offset in 0..256 {
+        bench.function.config_write(offset, &[0xff]);
+        bench.function.config_read(offset, &mut [0]);
+    }
+}
+
+#[test]
+fn asleep_in_d3hot_it_answers_nothing_and_knows_all_when_it_is_back() {
+    let bench = Bench::new();
+    let mut queue = bench.start(SPLIT);
+    let pmcsr = bench.function.capabilities.pm.start() + 4;
+    bench.function.config_write(pmcsr, &[3, 0]);
+    assert_eq!(bench.get::<4>(0), [0xff; 4]);
+    bench.put(20, &[0]);
+    bench.function.config_write(pmcsr, &[0, 0]);
+    assert_eq!(bench.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    bench.works(&mut queue);
+}
+
+#[test]
+fn the_registers_can_be_reached_by_configuration_cycles_alone() {
+    let bench = Bench::new();
+    let cap = bench.function.capabilities.access.start();
+    let access = |offset: u32, len: u32| {
+        bench.function.config_write(cap + 4, &[0]);
+        bench.function.config_write(cap + 8, &offset.to_le_bytes());
+        bench.function.config_write(cap + 12, &len.to_le_bytes());
+    };
+    access(18, 2);
+    let mut count = [0; 2];
+    bench.function.config_read(cap + 16, &mut count);
+    assert_eq!(count, [1, 0]);
+    access(20, 1);
+    bench.function.config_write(cap + 16, &[ACKNOWLEDGE]);
+    assert_eq!(bench.status(), ACKNOWLEDGE);
+    for (offset, len) in [(u32::MAX, 4), (0xfffe, 4), (0, 3), (0, 0)] {
+        access(offset, len);
+        let mut data = [0; 4];
+        bench.function.config_read(cap + 16, &mut data);
+        assert_eq!(data, [0xff; 4]);
+    }
+}
+
+#[test]
+fn a_paused_device_does_nothing_and_does_it_afterwards() {
+    let bench = Bench::new();
+    let mut queue = bench.start(PACKED);
+    bench.works(&mut queue);
+    bench.function.pause();
+    let id = queue.add(&[(DATA, 8, true)]);
+    bench.ring();
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(queue.used(), None);
+    bench.function.resume();
+    assert_eq!(queue.wait_used(), Some((id, 8)));
+    bench.function.pause();
+    bench.put(20, &[0]);
+    assert_eq!(bench.status(), 0, "a reset ends a pause");
+    bench.function.resume();
+}

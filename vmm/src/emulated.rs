@@ -1,0 +1,120 @@
+//! The machine's own PCI devices: made from the configuration once, and put on the bus of each machine that follows.
+//!
+//! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
+//! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use devices::block::DiskError;
+use devices::emulated::EmulatedFunction;
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
+use devices::virtio::rng::{Rng, RngError};
+use pci::DevFn;
+
+use crate::assigned::{Surroundings, message_vectors};
+use crate::config::VmConfig;
+use crate::disks::{DiskUnit, Groups, make_disk};
+
+/// A device that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EmulatedError {
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A virtio device that cannot be put on a bus.
+    #[error("device {id}: {source}; this is a defect, please report it")]
+    Virtio {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: VirtioPciError,
+    },
+}
+
+/// What stands behind a function.
+#[derive(Clone, Debug)]
+pub enum Model {
+    /// A virtio device.
+    Virtio(Arc<dyn VirtioDevice>),
+    /// A disk, which can be given another size.
+    Disk(Arc<DiskUnit>),
+}
+
+impl Model {
+    fn virtio(&self) -> Arc<dyn VirtioDevice> {
+        match self {
+            Self::Virtio(device) => Arc::clone(device),
+            Self::Disk(disk) => Arc::clone(&disk.block) as _,
+        }
+    }
+}
+
+/// One device, whatever machine it is in.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// Its name.
+    pub id: String,
+    /// Its device number on bus 0, if that is settled.
+    pub place: Option<u8>,
+    /// What it is.
+    pub model: Model,
+}
+
+impl Unit {
+    /// Makes the function for a machine, at `devfn` on bus 0.
+    ///
+    /// # Errors
+    /// See [`EmulatedError::Virtio`].
+    pub fn function(
+        &self,
+        devfn: DevFn,
+        around: &Surroundings,
+    ) -> Result<Arc<dyn EmulatedFunction>, EmulatedError> {
+        let spec = VirtioPciSpec {
+            name: self.id.clone(),
+            device: self.model.virtio(),
+            devfn,
+            memory: around.memory.clone(),
+            window: Arc::clone(&around.windows.mmio64),
+            msi: message_vectors(around),
+            doorbells: Arc::clone(&around.doorbells),
+        };
+        let wrong = |source| EmulatedError::Virtio { id: self.id.clone(), source };
+        Ok(VirtioPci::new(spec).map_err(wrong)?)
+    }
+}
+
+/// Makes one device when it is its turn.
+type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
+
+/// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
+fn plan<'a>(config: &'a VmConfig, present: &[Unit]) -> Vec<Make<'a>> {
+    let mut all: Vec<Make<'a>> = Vec::new();
+    let groups = Rc::new(Groups::new(config, present));
+    for disk in config.disks.iter().flatten() {
+        let groups = Rc::clone(&groups);
+        all.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+    }
+    all.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
+    all
+}
+
+/// Makes all devices of the configuration whose names are not in `present`. All must have names.
+///
+/// # Errors
+/// The first one that cannot be made; those before it are closed again.
+pub fn make_units(config: &VmConfig, present: &[Unit]) -> Result<Vec<Unit>, EmulatedError> {
+    let mut copy = config.clone();
+    let names = copy.emulated_mut();
+    let new = names.into_iter().zip(plan(config, present)).filter_map(|((_, pci), make)| {
+        let id = pci.id.clone()?;
+        let is_new = !present.iter().any(|unit| unit.id == id);
+        is_new.then_some((id, pci.pci_device_id, make))
+    });
+    new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place })).collect()
+}
