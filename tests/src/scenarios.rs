@@ -7,6 +7,7 @@ mod bad_input;
 mod boot;
 mod clients;
 mod debian;
+mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
@@ -45,6 +46,7 @@ pub fn all() -> Vec<Scenario> {
         boot::table(),
         clients::table(),
         debian::table(),
+        disk_faults::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
