@@ -52,6 +52,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_gpu",
     "virtio_rng",
+    "virtio_balloon",
     "nvme",
     "button",
     "evdev",

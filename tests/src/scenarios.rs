@@ -8,6 +8,7 @@ mod boot;
 mod clients;
 mod debian;
 mod disk_faults;
+mod disk;
 mod doctor;
 mod endings;
 mod endurance;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        disk::table(),
     ]
     .concat()
 }

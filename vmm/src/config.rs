@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod balloon;
 mod disk;
 mod endpoint;
 pub mod option_parser;
@@ -21,9 +22,11 @@ mod tests;
 mod validate;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
+pub use balloon::BalloonConfig;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use option_parser::OptionError;
+pub use pci_common::PciCommon;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -61,6 +64,15 @@ pub struct VmConfig {
     /// The source of random numbers.
     #[serde(default)]
     pub rng: RngConfig,
+    /// The memory balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Whether there is a watchdog.
+    #[serde(default)]
+    pub watchdog: bool,
+    /// The watchdog's place, which is no setting.
+    #[serde(skip)]
+    pub watchdog_pci: PciCommon,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,

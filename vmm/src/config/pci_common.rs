@@ -58,10 +58,13 @@ use DefaultName::{Numbered, Only};
 impl VmConfig {
     /// The PCI devices of the machine's own, with their default names, in the order in which they get places.
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
-        let mut all = Vec::new();
-        all.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
-        all.push((Only("__rng"), &mut self.rng.pci));
-        all
+        let mut devices = vec![(Only("__rng"), &mut self.rng.pci)];
+        devices.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
+        devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
+        if self.watchdog {
+            devices.push((Only("__watchdog"), &mut self.watchdog_pci));
+        }
+        devices
     }
 
     /// Takes out a device that was put into one of the lists of [`Self::emulated_mut`]; whether there was one of that name.
