@@ -30,6 +30,11 @@ pub trait EmulatedFunction: PciFunction {
     /// The guest has more memory than before, or less.
     fn memory_changed(&self) {}
 
+    /// Bytes of memory that the guest has given up to it.
+    fn withheld_memory(&self) -> u64 {
+        0
+    }
+
     /// What it has counted.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

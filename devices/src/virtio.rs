@@ -10,9 +10,11 @@
 //! Everything in a ring is the guest's: what it must not be is a [`RingError`](ring::RingError), which stops the device with DEVICE_NEEDS_RESET and never
 //! more than that.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod device;
+pub mod discard;
 pub mod packed;
 pub mod pci;
 pub mod queue;
@@ -21,6 +23,7 @@ pub mod rng;
 pub mod split;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod watchdog;
 pub mod worker;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};

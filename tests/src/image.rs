@@ -21,14 +21,47 @@ use crate::kernel::{self, KernelFiles};
 use crate::paths;
 use crate::spec::Kernel;
 
-const AGENT: &str = include_str!("image/agent.sh");
+/// Serves commands on a console.
+pub const AGENT: &str = include_str!("image/agent.sh");
+const DISK_ROOT: &str = include_str!("image/disk-root.sh");
+const PEERS: &str = include_str!("image/peers.sh");
 const HOST_INIT: &str = include_str!("image/host-init.sh");
 const GUEST_INIT: &str = include_str!("image/guest-init.sh");
-const HOST_MODULES: [&str; 4] = ["kvm_amd", "vfio_pci", "vfio_iommu_type1", "uio_pci_generic"];
+const HOST_MODULES: &[&str] = &[
+    "kvm_amd",
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "uio_pci_generic",
+    // The disks with Debian, and what disks and networks of VMs are made of.
+    "virtio_blk",
+    "virtio_net",
+    "virtiofs",
+    "ext4",
+    "loop",
+    "dm_mod",
+    "dm_flakey",
+    "tun",
+    "bridge",
+    "vhost_net",
+    "vhost_vsock",
+    "nbd",
+];
 /// So that a scenario can run the VMM as somebody without rights.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
-const GUEST_MODULES: [&str; 8] =
-    ["e1000e", "igb", "virtio_pci", "virtio_gpu", "virtio_rng", "nvme", "button", "evdev"];
+const GUEST_MODULES: &[&str] = &[
+    "e1000e",
+    "igb",
+    "virtio_pci",
+    "virtio_gpu",
+    "virtio_rng",
+    "virtio_balloon",
+    "nvme",
+    "button",
+    "evdev",
+    "virtio_blk",
+    "ext4",
+    "crc32c_generic",
+];
 const MOTD: &str = "\n\
     This is the emulated host: root, no password, everything in RAM. Ctrl-A X leaves.\n\
     Guest kernels are in /guest, the VMM is /bin/dormouse. For example:\n\n\
@@ -54,6 +87,7 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
         ("dormouse", &artifacts.dormouse),
         ("vfio_probe", &artifacts.vfio_probe),
         ("api_client", &artifacts.api_client),
+        ("guest_tool", &artifacts.guest_tool),
     ])?)?;
     for guest in guests {
         append(&guest_payload(artifacts, *guest)?)?;
@@ -66,7 +100,7 @@ pub fn build_guest(artifacts: &Artifacts, guest: Kernel) -> Result<Vec<u8>> {
     let mut image = cached(&Base {
         name: format!("guest-{guest}"),
         kernel: kernel::obtain(guest)?,
-        modules: &GUEST_MODULES,
+        modules: GUEST_MODULES,
         init: GUEST_INIT,
         motd: "",
     })?;
@@ -99,7 +133,7 @@ fn host_base(kernel: Kernel) -> Result<Base> {
     Ok(Base {
         name: format!("host-{kernel}"),
         kernel: kernel::obtain(kernel)?,
-        modules: &HOST_MODULES,
+        modules: HOST_MODULES,
         init: HOST_INIT,
         motd: MOTD,
     })
@@ -108,7 +142,18 @@ fn host_base(kernel: Kernel) -> Result<Base> {
 /// The base image, from the cache when nothing it is made of has changed.
 fn cached(base: &Base) -> Result<Vec<u8>> {
     let mut hasher = DefaultHasher::new();
-    ("2", &base.name, &base.kernel.release, base.modules, base.init, base.motd, AGENT, USERS)
+    (
+        "2",
+        &base.name,
+        &base.kernel.release,
+        base.modules,
+        base.init,
+        base.motd,
+        AGENT,
+        USERS,
+        DISK_ROOT,
+        PEERS,
+    )
         .hash(&mut hasher);
     fs::metadata(busybox()?).map(|m| m.len()).unwrap_or_default().hash(&mut hasher);
     let dir = paths::cache()?.join("images");
@@ -151,6 +196,8 @@ fn build_base(base: &Base) -> Result<Vec<u8>> {
     archive.copy(&format!("{dir}/modules.builtin"), &base.kernel.modules.join("modules.builtin"))?;
     archive.file("init", base.init.as_bytes());
     archive.file("etc/agent", AGENT.as_bytes());
+    archive.file("etc/disk-root", DISK_ROOT.as_bytes());
+    archive.file("etc/peers", PEERS.as_bytes());
     archive.file("etc/passwd", USERS.as_bytes());
     archive.file("etc/motd", base.motd.as_bytes());
     Ok(archive.finish())

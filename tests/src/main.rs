@@ -12,6 +12,7 @@ mod checks;
 mod cli;
 mod command;
 mod cpio;
+mod debian;
 mod demo;
 mod error;
 #[cfg(test)]
@@ -27,6 +28,7 @@ mod paths;
 mod payload;
 mod promtool;
 mod qemu;
+mod rootfs;
 mod rpc;
 mod runner;
 mod scenarios;
@@ -85,7 +87,7 @@ fn prepare() -> Result<()> {
     for kernel in Kernel::ALL {
         kernel::obtain(kernel)?;
     }
-    Ok(())
+    rootfs::obtain().map(drop)
 }
 
 fn test(options: Test) -> Result<bool> {

@@ -11,8 +11,11 @@ use crate::command::{capture, capture_text, exists};
 use crate::error::{Error, Result, file_error};
 
 /// Program, and the package that has it.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 14] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("debootstrap", "debootstrap"),
     ("iasl", "acpica-tools"),
     ("acpiexec", "acpica-tools"),
     ("busybox", "busybox-static"),
@@ -42,6 +45,16 @@ pub fn ensure() -> Result<()> {
 /// The same for the fuzz targets alone: installs what is absent when running as root.
 pub fn ensure_compiler() -> Result<()> {
     ensure_all(&[COMPILER], "")
+}
+
+/// The address of the Debian mirror that this machine's own packages come from.
+pub fn mirror() -> Result<String> {
+    let codename = codename()?;
+    let source = source_files().iter().find_map(|text| debian_source(text, &codename));
+    source.map(|source| source.uri).ok_or_else(|| Error::Missing {
+        what: "an apt source for Debian, to take its address from".to_owned(),
+        how: format!("add `deb http://deb.debian.org/debian {codename} main`"),
+    })
 }
 
 fn ensure_all(programs: &[(&str, &'static str)], note: &str) -> Result<()> {
@@ -210,7 +223,8 @@ fn codename() -> Result<String> {
         .to_owned())
 }
 
-fn is_root() -> Result<bool> {
+/// Whether this process may do everything.
+pub fn is_root() -> Result<bool> {
     Ok(capture_text(Command::new("id").arg("-u"))?.trim() == "0")
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result, file_error};
 use crate::firmware;
+use crate::rootfs;
 use crate::spec::{Device, FIRST_PORT, HostSpec, Hotplug};
 use crate::wire::connect;
 
@@ -214,6 +215,18 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
             }
         }
     }
+    if spec.debian {
+        let disks = rootfs::obtain()?;
+        // What is written goes into a file that is gone when QEMU ends.
+        for (name, path, keys) in
+            [("root", disks.root, "readonly=on"), ("images", disks.images, "snapshot=on")]
+        {
+            add(&format!(
+                "-drive if=none,id={name},format=raw,cache=unsafe,discard=unmap,{keys},file={} -device virtio-blk-pci,drive={name},serial={name}",
+                path.display()
+            ));
+        }
+    }
     let table = boot.dir.join("power.aml");
     if firmware::compile(spec, &table)? {
         add(&format!("-acpitable file={}", table.display()));
@@ -233,9 +246,10 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
     add(&format!("-kernel {} -initrd {} -append", boot.kernel.display(), boot.initramfs.display()));
     let iommu = if spec.iommu { "intel_iommu=on iommu=pt" } else { "" };
     let bind = spec.addresses().join(",");
+    let debian = if spec.debian { "bed.debian=1" } else { "" };
     // On a loaded machine the timer is too slow for the kernel's check of it.
     words.push(format!(
-        "console=ttyS0 {iommu} quiet loglevel=5 panic=-1 tsc=reliable no_timer_check initcall_blacklist=nvme_init bed.bind={bind} {}",
+        "console=ttyS0 {iommu} quiet loglevel=5 panic=-1 tsc=reliable no_timer_check initcall_blacklist=nvme_init bed.bind={bind} {debian} {}",
         boot.cmdline
     ));
     Ok(words)

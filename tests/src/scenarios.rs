@@ -6,6 +6,9 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod debian;
+mod disk_faults;
+mod disk;
 mod doctor;
 mod endings;
 mod endurance;
@@ -21,6 +24,7 @@ mod recovery;
 mod slots;
 pub mod steps;
 mod tables;
+mod vhost_user;
 mod virtio;
 
 use crate::error::Result;
@@ -43,6 +47,8 @@ pub fn all() -> Vec<Scenario> {
         endurance::table(),
         boot::table(),
         clients::table(),
+        debian::table(),
+        disk_faults::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
@@ -59,6 +65,8 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        disk::table(),
+        vhost_user::table(),
     ]
     .concat()
 }

@@ -149,6 +149,9 @@ pub struct HostSpec {
     pub iommu: bool,
     /// Virtual time by counted instructions: the same figures on every machine, slow, for benchmarks.
     pub deterministic: bool,
+    /// Whether it has the disks with Debian (`rootfs.rs`): images for guests in `/images`, and programs that VMs are
+    /// tried against.
+    pub debian: bool,
 }
 
 impl HostSpec {
@@ -162,6 +165,7 @@ impl HostSpec {
             slots: slots.to_vec(),
             iommu: true,
             deterministic: false,
+            debian: false,
         }
     }
 
@@ -185,6 +189,12 @@ impl HostSpec {
     /// The same host with other RAM.
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    /// The same host with the disks with Debian.
+    pub fn debian(mut self) -> Self {
+        self.debian = true;
         self
     }
 
@@ -237,7 +247,8 @@ impl HostSpec {
             })
             .collect();
         let devices = if slots.is_empty() { "no devices".to_owned() } else { slots.join(", ") };
-        format!("Linux {}, {} CPUs, {} MiB, {devices}", self.kernel, self.cpus, self.memory_mib)
+        let debian = if self.debian { ", disks with Debian" } else { "" };
+        format!("Linux {}, {} CPUs, {} MiB, {devices}{debian}", self.kernel, self.cpus, self.memory_mib)
     }
 }
 

@@ -13,8 +13,9 @@ use pci::Bdf;
 use thiserror::Error;
 
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, FsConfig, GenericVhostUserConfig,
-    MemoryConfig, OptionError, PayloadConfig, PlatformConfig, RateLimitGroupConfig, RngConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, FsConfig,
+    GenericVhostUserConfig, MemoryConfig, OptionError, PayloadConfig, PlatformConfig, RateLimitGroupConfig,
+    RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -28,7 +29,6 @@ mod tests;
 
 /// Options of Cloud Hypervisor that are refused, with or without values.
 const NOT_YET: &[&str] = &[
-    "balloon",
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
@@ -53,7 +53,6 @@ const NOT_YET: &[&str] = &[
     "user-device",
     "vdpa",
     "vsock",
-    "watchdog",
 ];
 
 /// Boots a virtual machine whose assigned devices really sleep.
@@ -138,6 +137,12 @@ struct Run {
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
+    /// Memory balloon: size=0,deflate_on_oom=off,free_page_reporting=off
+    #[arg(long, value_name = "KEYS")]
+    balloon: Option<String>,
+    /// Watchdog: resets a guest that has given it signs of life and falls silent
+    #[arg(long)]
+    watchdog: bool,
     /// Assigned device: path=/sys/bus/pci/devices/BDF,id=,power=auto|d3hot|off,wake=notify|ignore|host-only,
     /// hold_off=MS,toggle_rate=N,toggle_burst=N,wake_storm=N,on_timeout=MS,on_lost=reset|keep.
     /// Takes several values, and can be repeated.
@@ -459,6 +464,8 @@ impl Run {
             disks: some(&self.disk, DiskConfig::parse)?,
             fs: some(&self.fs, FsConfig::parse)?,
             generic_vhost_user: some(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
+            balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
+            watchdog: self.watchdog,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -479,6 +486,8 @@ impl Run {
             ("--fs", !self.fs.is_empty()),
             ("--generic-vhost-user", !self.generic_vhost_user.is_empty()),
             ("--rate-limit-group", !self.rate_limit_group.is_empty()),
+            ("--balloon", self.balloon.is_some()),
+            ("--watchdog", self.watchdog),
             ("--device", !self.device.is_empty()),
         ];
         given.iter().find(|(_, given)| *given).map(|(option, _)| *option)

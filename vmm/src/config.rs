@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod absent;
+mod balloon;
 mod disk;
 mod endpoint;
 mod fs;
@@ -24,11 +25,13 @@ mod validate;
 mod vhost_user;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
+pub use balloon::BalloonConfig;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use fs::FsConfig;
 pub use generic_vhost_user::GenericVhostUserConfig;
 pub use option_parser::OptionError;
+pub use pci_common::PciCommon;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -73,6 +76,15 @@ pub struct VmConfig {
     /// Devices of any type that backends are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// The memory balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Whether there is a watchdog.
+    #[serde(default)]
+    pub watchdog: bool,
+    /// The watchdog's place, which is no setting.
+    #[serde(skip)]
+    pub watchdog_pci: PciCommon,
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,

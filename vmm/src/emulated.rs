@@ -9,9 +9,12 @@ use std::sync::Arc;
 use devices::block::DiskError;
 use devices::emulated::EmulatedFunction;
 use devices::vhost_user::VhostUserError;
+use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
+use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
 use devices::virtio::rng::{Rng, RngError};
+use devices::virtio::watchdog::{CurrentMachine, Watchdog};
 use pci::DevFn;
 
 use crate::assigned::{Surroundings, message_vectors};
@@ -76,6 +79,14 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// Gives it another size.
+    ///
+    /// # Errors
+    /// It cannot have that size, and why.
+    pub fn resize(&self, size: u64) -> Result<(), String> {
+        self.model.virtio().resize(size)
+    }
+
     /// Makes the function for a machine, at `devfn` on bus 0.
     ///
     /// # Errors
@@ -99,36 +110,58 @@ impl Unit {
     }
 }
 
+/// What devices share, whatever machine they are in.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// Gives memory back to the host.
+    pub discarder: Arc<Discarder>,
+    /// The machine that there is now.
+    pub machine: Arc<CurrentMachine>,
+}
+
 /// Makes one device when it is its turn.
 type Make<'a> = Box<dyn FnOnce(&str) -> Result<Model, EmulatedError> + 'a>;
 
 /// How each device of the configuration is made: by its name, in the order of [`VmConfig::emulated_mut`].
-fn plan<'a>(config: &'a VmConfig, present: &[Unit]) -> Vec<Make<'a>> {
-    let mut all: Vec<Make<'a>> = Vec::new();
+fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<Make<'a>> {
+    let mut plan: Vec<Make<'a>> = Vec::new();
     let groups = Rc::new(Groups::new(config, present));
     for disk in config.disks.iter().flatten() {
         if disk.vhost_user {
-            all.push(Box::new(|id| vhost_user::disk(id, disk)));
+            plan.push(Box::new(|id| vhost_user::disk(id, disk)));
             continue;
         }
         let groups = Rc::clone(&groups);
-        all.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+        plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
     }
-    all.push(Box::new(|id| Ok(Model::Virtio(Arc::new(Rng::new(id, &config.rng.src)?)))));
-    all.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
+    plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
+    plan.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
     let generic = config.generic_vhost_user.iter().flatten();
-    all.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
-    all
+    plan.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
+    if let Some(balloon) = &config.balloon {
+        plan.push(Box::new(|id| {
+            let discarder = Arc::clone(&shared.discarder);
+            Ok(virtio(Balloon::new(id, balloon.size, balloon.options(), discarder)))
+        }));
+    }
+    if config.watchdog {
+        plan.push(Box::new(|id| Ok(virtio(Watchdog::new(id, Arc::clone(&shared.machine))))));
+    }
+    plan
+}
+
+fn virtio(device: impl VirtioDevice + 'static) -> Model {
+    Model::Virtio(Arc::new(device))
 }
 
 /// Makes all devices of the configuration whose names are not in `present`. All must have names.
 ///
 /// # Errors
 /// The first one that cannot be made; those before it are closed again.
-pub fn make_units(config: &VmConfig, present: &[Unit]) -> Result<Vec<Unit>, EmulatedError> {
+pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Result<Vec<Unit>, EmulatedError> {
     let mut copy = config.clone();
     let names = copy.emulated_mut();
-    let new = names.into_iter().zip(plan(config, present)).filter_map(|((_, pci), make)| {
+    let new = names.into_iter().zip(plan(config, present, shared)).filter_map(|((_, pci), make)| {
         let id = pci.id.clone()?;
         let is_new = !present.iter().any(|unit| unit.id == id);
         is_new.then_some((id, pci.pci_device_id, make))

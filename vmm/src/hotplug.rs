@@ -15,6 +15,7 @@ use devices::event_device::EventDevice;
 use devices::vfio::dma;
 use devices::vfio::function::VfioFunction;
 use devices::vfio::open::{ContextKind, Handle, IommuContext};
+use devices::virtio::discard::{Discarder, Pin};
 use log::{debug, info, warn};
 use pci::bus::RootBus;
 use pci::{Bdf, PciFunction};
@@ -57,6 +58,10 @@ pub struct Iommu {
     pub kvm: Option<Arc<VfioDeviceFd>>,
     /// The context, as long as there are devices.
     pub context: Option<Arc<IommuContext>>,
+    /// Must not give memory back while there is a context.
+    pub discarder: Arc<Discarder>,
+    /// Keeps it from that.
+    pub pin: Option<Arc<Pin>>,
 }
 
 /// How long Linux ignores a slot after it has turned its power off (`pciehp_ctrl.c`: one second).
@@ -240,10 +245,12 @@ impl AssignedDevices {
             self.iommu.kvm = Some(Arc::new(kvm()?));
         }
         let context = Arc::new(IommuContext::new(self.iommu.kind, self.iommu.kvm.clone())?);
+        let pin = Arc::new(Discarder::pinned(&self.iommu.discarder));
         let handle = context.open(host.bdf, &host.dir, id)?;
         // All of the guest's memory, before the guest can program the device to reach it.
         dma::map_guest_memory(&context, memory, host.bdf)?;
         self.iommu.context = Some(context);
+        self.iommu.pin = Some(pin);
         Ok(handle)
     }
 
@@ -308,7 +315,7 @@ impl AssignedDevices {
         }
         self.board.notify.remove(&slot.domain);
         before(&moved);
-        let context = self.iommu.context.clone();
+        let context = (self.iommu.context.clone(), self.iommu.pin.clone());
         self.forget_context_of_nobody();
         self.close(move || {
             let id = moved.id.clone();
@@ -354,6 +361,7 @@ impl AssignedDevices {
     fn forget_context_of_nobody(&mut self) {
         if self.places.iter().all(|place| place.slot.is_none()) {
             self.iommu.context = None;
+            self.iommu.pin = None;
         }
     }
 }

@@ -16,7 +16,7 @@ use vfio_pm::PolicyChange;
 use crate::cli::ControlOptions;
 use crate::config::{ConsoleMode, DeviceConfig, VmConfig};
 use crate::control::StopReason;
-use crate::emulated::{Model, make_units};
+use crate::emulated::{Model, Shared, Unit, make_units};
 use crate::event_loop::{Outcome, Signals};
 use crate::events::Events;
 use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
@@ -241,6 +241,7 @@ impl Lifecycle {
                 config.serial.file = Some(path.to_owned());
             }
         }
+        let shared = Shared::default();
         let lifetime = Lifetime {
             kvm: Arc::clone(&self.kvm),
             signals: Arc::clone(&self.signals),
@@ -249,7 +250,8 @@ impl Lifecycle {
             console,
             battery: Battery::default(),
             latched: Vec::new(),
-            units: make_units(&config, &[]).map_err(MachineError::from)?,
+            units: make_units(&config, &[], &shared).map_err(MachineError::from)?,
+            shared,
             hotplug: self.hotplug,
         };
         let running = self.start(&config, &lifetime)?;
@@ -351,16 +353,13 @@ impl Lifecycle {
         self.events.tell("vm", "resizing");
         let vm = self.vm()?;
         // Before anything is changed: an order is carried out whole or not at all.
-        if resize.balloon.is_some() {
-            return Err(VmError::NotYet { what: "desired_balloon (the balloon)" });
-        }
+        let balloon = resize.balloon.map(|size| vm.config.with_balloon_of(size)).transpose()?;
         if vm.machine.is_none() {
             // Only the configuration changes; it is looked at when the machine starts.
             let cpus = &mut vm.config.cpus;
             cpus.boot_vcpus = resize.vcpus.unwrap_or(cpus.boot_vcpus);
             cpus.max_vcpus = cpus.max_vcpus.max(cpus.boot_vcpus);
             vm.config.memory.size = resize.ram.unwrap_or(vm.config.memory.size);
-            self.show_config();
         } else {
             let (vcpus, ram) = (vm.config.cpus.boot_vcpus, vm.config.memory.size);
             let refuse = |what, wanted: u64, now: u64| VmError::Resize {
@@ -375,6 +374,13 @@ impl Lifecycle {
                 return Err(refuse("the guest's RAM", wanted, ram));
             }
         }
+        if let (Some(balloon), Some(size)) = (balloon, resize.balloon) {
+            if let Some((_, lifetime)) = &vm.machine {
+                resize_unit(&lifetime.units, "__balloon", size)?;
+            }
+            vm.config.balloon = Some(balloon);
+        }
+        self.show_config();
         self.events.tell("vm", "resized");
         Ok(())
     }
@@ -417,7 +423,7 @@ impl Lifecycle {
             return Ok(Completion::Plain);
         };
         config.name_devices();
-        let unit = make_units(&config, &lifetime.units).map_err(MachineError::from)?.pop();
+        let unit = make_units(&config, &lifetime.units, &lifetime.shared).map_err(MachineError::from)?.pop();
         let mut unit = unit.ok_or(VmError::NotRunning)?;
         let moved = running.add_emulated(&unit)?;
         // After a reboot of the guest it is where it is now.
@@ -515,6 +521,17 @@ impl Lifecycle {
         self.show_config();
         Ok(Completion::Policy(in_force))
     }
+}
+
+/// Gives one of the machine's own devices another size.
+fn resize_unit(units: &[Unit], id: &str, size: u64) -> Result<(), VmError> {
+    let unit = units.iter().find(|unit| unit.id == id);
+    let unit = unit.ok_or_else(|| VmError::UnknownDevice { id: id.to_owned() })?;
+    unit.resize(size).map_err(|why| VmError::Resize {
+        what: "the size of a device",
+        wanted: size,
+        why: format!("{id}: {why}"),
+    })
 }
 
 /// Tells the user, in the log if that shows it and otherwise on standard error.

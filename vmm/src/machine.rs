@@ -19,6 +19,7 @@ use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::Windows;
 use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
+use devices::virtio::discard::Discarder;
 use kvm_ioctls::{Kvm, VmFd};
 use pci::assign::{Aperture, Apertures, AssignError, Assignment as Plan};
 use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
@@ -34,7 +35,7 @@ use vm_device::{DeviceMmio, DevicePio};
 use crate::assigned::{AssignedError, Assignment, Surroundings, device_paths};
 use crate::config::{ConfigError, DeviceConfig, VmConfig};
 use crate::control::Control;
-use crate::emulated::{EmulatedError, Unit};
+use crate::emulated::{EmulatedError, Shared, Unit};
 use crate::event_loop::{EventLoop, EventLoopError, Signals, Subscriber};
 use crate::events::Events;
 use crate::firmware::{self, FirmwareError};
@@ -136,6 +137,8 @@ pub struct Lifetime {
     pub(crate) latched: Vec<Bdf>,
     /// The machine's own PCI devices.
     pub(crate) units: Vec<Unit>,
+    /// What they share.
+    pub(crate) shared: Shared,
     /// Whether devices can come and go: only where there is an API to say so.
     pub(crate) hotplug: bool,
 }
@@ -198,6 +201,7 @@ impl Machine {
         let mut map = MemoryMap::new(config.memory.size, processors.phys_bits())?;
 
         let control = Arc::new(Control::new().map_err(resources("the descriptor for stop requests"))?);
+        lifetime.shared.machine.set(Arc::downgrade(&(Arc::clone(&control) as Arc<dyn MachineControl>)));
         let vm = Arc::new(hypervisor::create_vm(&lifetime.kvm)?);
         let memslots = Memslots::new(&lifetime.kvm, Arc::clone(&vm), Arc::clone(&control));
         let ranges: Vec<_> = map.ram().iter().map(|range| (range.start, range.len)).collect();
@@ -260,7 +264,7 @@ impl Machine {
             memory: ram.space().clone(),
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
         };
-        let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory())?;
+        let (handles, iommu) = open_devices(config, &devices, &vm, ram.memory(), &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let (bus, plan) = pci_bus(&places, &map)?;
@@ -353,11 +357,14 @@ fn open_devices(
     devices: &[Assignment],
     vm: &Arc<VmFd>,
     memory: &vm_memory::GuestMemoryMmap,
+    discarder: &Arc<Discarder>,
 ) -> Result<(Vec<Arc<Handle>>, Iommu), MachineError> {
     let kind = context_kind(config);
+    let discarder = Arc::clone(discarder);
     let Some(first) = devices.first() else {
-        return Ok((Vec::new(), Iommu { kind, kvm: None, context: None }));
+        return Ok((Vec::new(), Iommu { kind, kvm: None, context: None, discarder, pin: None }));
     };
+    let pin = Some(Arc::new(Discarder::pinned(&discarder)));
     let kvm = Arc::new(hypervisor::create_vfio_device(vm)?);
     let context = Arc::new(IommuContext::new(kind, Some(Arc::clone(&kvm)))?);
     let handles = devices
@@ -365,7 +372,7 @@ fn open_devices(
         .map(|device| context.open(device.host.bdf, &device.host.dir, device.config.id.as_deref()))
         .collect::<Result<Vec<_>, _>>()?;
     dma::map_guest_memory(&context, memory, first.host.bdf)?;
-    Ok((handles, Iommu { kind, kvm: Some(kvm), context: Some(context) }))
+    Ok((handles, Iommu { kind, kvm: Some(kvm), context: Some(context), discarder, pin }))
 }
 
 fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineError> {

@@ -10,7 +10,10 @@ use imago::file::File as ImageFile;
 use imago::format::PreallocateMode;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
-use imago::{DenyImplicitOpenGate, FormatAccess, PermissiveImplicitOpenGate, StorageOpenOptions};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, PermissiveImplicitOpenGate, ShallowMapping, StorageOpenOptions,
+};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use super::buffers::Buffers;
 use super::error::DiskError;
@@ -24,8 +27,8 @@ pub struct Qcow2Image {
     /// Taken for writing by what moves clusters about, so that no access uses where they were.
     image: RwLock<FormatAccess<ImageFile>>,
     size: AtomicU64,
-    /// Has the lock, if the image itself is read and written through another descriptor.
-    _lock: Option<File>,
+    /// The image's file, which has the lock. What imago does not do is done here.
+    file: File,
 }
 
 impl fmt::Debug for Qcow2Image {
@@ -40,11 +43,11 @@ impl Qcow2Image {
         let path = spec.path.as_path();
         let broken = |source| DiskError::Qcow2 { path: path.into(), source };
         let options = StorageOpenOptions::new().filename(path).write(!spec.readonly).direct(direct.is_some());
-        let (file, lock) = match direct {
-            Some(direct) => (direct, Some(file)),
-            None => (file, None),
+        let accessed = match direct {
+            Some(direct) => direct,
+            None => file.try_clone().map_err(broken)?,
         };
-        let storage = ImageFile::from_open_file(file, options).map_err(broken)?;
+        let storage = ImageFile::from_open_file(accessed, options).map_err(broken)?;
         let mut image: Qcow2<ImageFile> = Qcow2::open_image(storage, !spec.readonly).map_err(broken)?;
         if image.requires_external_data_file() {
             return Err(DiskError::DataFile { path: path.into() });
@@ -63,7 +66,7 @@ impl Qcow2Image {
         }
         let image = FormatAccess::new(image);
         let size = AtomicU64::new(image.size());
-        Ok(Self { image: RwLock::new(image), size, _lock: lock })
+        Ok(Self { image: RwLock::new(image), size, file })
     }
 
     /// Its size in bytes.
@@ -117,15 +120,19 @@ impl Qcow2Image {
         sync(&self.shared())
     }
 
-    /// See [`super::Image::discard`].
+    /// See [`super::Image::discard`]. Clusters that are free afterwards are taken out of the file, too, which imago leaves to its user.
     ///
     /// # Errors
     /// Of the host, and if the image is broken.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.alone().discard_to_any(offset, len) {
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
-            other => other,
+        let mut image = self.alone();
+        let before = own_data(&image, offset, len)?;
+        match image.discard_to_any(offset, len) {
+            // Those of version 2 cannot. A discard is only a hint.
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => return Ok(()),
+            other => other?,
         }
+        self.punch(&image, &before)
     }
 
     /// See [`super::Image::write_zeroes`].
@@ -133,11 +140,44 @@ impl Qcow2Image {
     /// # Errors
     /// Of the host, and if the image is broken.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        if unmap {
-            self.alone().discard_to_zero(offset, len)
+        let result = if unmap {
+            let mut image = self.alone();
+            let before = own_data(&image, offset, len)?;
+            image.discard_to_zero(offset, len).and_then(|()| {
+                // The image must say so before the bytes are gone.
+                sync(&image)?;
+                self.punch(&image, &before)
+            })
         } else {
             self.shared().write_zeroes(offset, len)
+        };
+        match result {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => write_zero_bytes(&self.shared(), offset, len),
+            other => other,
         }
+    }
+
+    /// Gives back the room of those of the ranges that the image does not use any more. Nobody else changes it meanwhile.
+    fn punch(&self, image: &FormatAccess<ImageFile>, before: &[Data]) -> io::Result<()> {
+        for data in before {
+            let mut done = 0;
+            while done < data.len {
+                let host = data.host.saturating_add(done);
+                let (now, len) =
+                    image.get_shallow_mapping(data.guest.saturating_add(done), data.len - done)?;
+                if len == 0 {
+                    break;
+                }
+                let is_used = matches!(now, ShallowMapping::Raw { offset, .. } if offset == host);
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                if !is_used && let Err(e) = fallocate(&self.file, flags, host, len) {
+                    // A host that cannot give room back keeps it; the clusters are used again anyway.
+                    return if e == rustix::io::Errno::OPNOTSUPP { Ok(()) } else { Err(e.into()) };
+                }
+                done = done.saturating_add(len);
+            }
+        }
+        Ok(())
     }
 
     /// See [`super::Image::resize`].
@@ -159,6 +199,41 @@ impl Qcow2Image {
     fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<ImageFile>> {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where data of the image are that nothing else of it uses.
+#[derive(Debug)]
+struct Data {
+    guest: u64,
+    host: u64,
+    len: u64,
+}
+
+/// Those of a range. What is shared with a snapshot of the image cannot be written where it is, and is not among them.
+fn own_data(image: &FormatAccess<ImageFile>, offset: u64, len: u64) -> io::Result<Vec<Data>> {
+    let (mut all, mut at, end): (Vec<Data>, _, _) = (Vec::new(), offset, offset.saturating_add(len));
+    while at < end {
+        let (mapping, len) = image.get_shallow_mapping(at, end - at)?;
+        if len == 0 {
+            break;
+        }
+        if let ShallowMapping::Raw { offset: host, writable: true, .. } = mapping {
+            all.push(Data { guest: at, host, len });
+        }
+        at = at.saturating_add(len);
+    }
+    Ok(all)
+}
+
+fn write_zero_bytes(image: &FormatAccess<ImageFile>, offset: u64, len: u64) -> io::Result<()> {
+    let zeroes = vec![0; chunk(len)];
+    let (mut at, end) = (offset, offset.saturating_add(len));
+    while at < end {
+        let bytes = zeroes.get(..chunk(end - at)).unwrap_or_default();
+        image.writev(IoVector::from(bytes), at)?;
+        at = at.saturating_add(bytes.len() as u64);
+    }
+    Ok(())
 }
 
 /// What is buffered goes to the file, and what is in the file to stable storage.

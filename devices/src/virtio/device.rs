@@ -169,6 +169,19 @@ pub trait VirtioDevice: Debug + Send + Sync {
     /// Memory has been added to the machine or taken from it, and [`Activation::memory`] shows it.
     fn memory_changed(&self) {}
 
+    /// Gives it another size, in bytes: that of a disk, of a balloon, of memory that the guest can have.
+    ///
+    /// # Errors
+    /// It cannot have that size, or none at all, and why.
+    fn resize(&self, size: u64) -> Result<(), String> {
+        Err(format!("it cannot be made {size} bytes: it has no size"))
+    }
+
+    /// Bytes of the machine's memory that the guest has given up to it.
+    fn withheld_memory(&self) -> u64 {
+        0
+    }
+
     /// What it has counted, by Cloud Hypervisor's names.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

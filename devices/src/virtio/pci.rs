@@ -487,6 +487,10 @@ impl EmulatedFunction for VirtioPci {
         self.device.memory_changed();
     }
 
+    fn withheld_memory(&self) -> u64 {
+        self.device.withheld_memory()
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.device.counters()
     }

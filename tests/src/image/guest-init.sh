@@ -11,6 +11,7 @@ esac
 for module in $(option modules | tr , ' '); do
   modprobe $module || echo "bed: modprobe $module failed"
 done
+[ "$(option mode)" != disk ] || . /etc/disk-root
 ip link set lo up
 if [ "$(option mode)" = shell ]; then
   while :; do setsid cttyhack sh; done

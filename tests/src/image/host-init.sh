@@ -20,6 +20,7 @@ for bdf in $(option bind | tr , ' '); do
   [ $(cat $device/device) != 0x10d3 ] || echo bus >$device/reset_method
 done
 ip link set lo up
+[ -z "$(option debian)" ] || . /etc/peers
 if [ "$(option mode)" = shell ]; then
   cat /etc/motd
   while :; do setsid cttyhack sh; done

@@ -158,8 +158,8 @@ fn kata(case: &Case<'_>) -> Result<()> {
     ensure(boot.starts_with("ch-remote: error: ") && boot.contains("is not in Dormouse yet"), || {
         boot.clone()
     })?;
-    let disk = refused(host, "add-disk path=/run/disk.img")?;
-    ensure(disk.contains("a disk is not in Dormouse yet"), || disk.clone())?;
+    let vdpa = refused(host, "add-vdpa path=/dev/vhost-vdpa-0")?;
+    ensure(vdpa.contains("vDPA is not in Dormouse yet"), || vdpa.clone())?;
     remote(host, "ping")?;
     remote(host, "shutdown-vmm")?;
     ended_well(host)

@@ -30,7 +30,7 @@ pub fn info(api: &Api) -> Result<Value, VmError> {
             let mut info = json!({
                 "config": config,
                 "state": state,
-                "memory_actual_size": config.memory.size,
+                "memory_actual_size": config.memory.size.saturating_sub(withheld(machine)),
             });
             if let (Some(machine), Some(fields)) = (machine, info.as_object_mut()) {
                 fields.insert("device_tree".to_owned(), device_tree(machine));
@@ -38,6 +38,11 @@ pub fn info(api: &Api) -> Result<Value, VmError> {
             info
         })
         .ok_or(VmError::NotCreated)
+}
+
+/// Bytes of memory that the guest has given up.
+fn withheld(machine: Option<&MachineView>) -> u64 {
+    machine.into_iter().flat_map(|machine| &machine.emulated).map(|d| d.function.withheld_memory()).sum()
 }
 
 /// The root ports and the functions below them. Cloud Hypervisor's devices are all on bus 0, so its tree has no ports; a port's

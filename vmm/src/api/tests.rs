@@ -194,10 +194,10 @@ fn errors_are_arrays_of_messages_from_the_outside_in() {
     assert_eq!((answer.status, answer.json()), (404, expected));
     let answer = client.call("GET /api/v1/vm.counters");
     assert_eq!((answer.status, &answer.json()[2]), (500, &json!("VM is not running")));
-    let answer = client.put("vm.add-disk", r#"{"path":"/x"}"#);
+    let answer = client.put("vm.add-vdpa", r#"{"path":"/x"}"#);
     let message = answer.json()[2].as_str().unwrap().to_owned();
     assert_eq!(answer.status, 500);
-    assert!(message.contains("a disk is not in Dormouse yet; see docs/compatibility.md"), "{message}");
+    assert!(message.contains("vDPA is not in Dormouse yet; see docs/compatibility.md"), "{message}");
     for name in ["vm.power-wake", "vm.power-reset"] {
         assert_eq!(client.put(name, r#"{"id":"none"}"#).status, 404, "{name}");
     }

@@ -83,7 +83,7 @@ fn a_command_line_may_start_with_a_hyphen() {
 #[test]
 fn no_argument_prints_help_and_version_prints_the_version() {
     assert!(
-        matches!(parse_words(""), Ok(Action::Print(text)) if text.contains("Usage:") && !text.contains("--disk"))
+        matches!(parse_words(""), Ok(Action::Print(text)) if text.contains("Usage:") && !text.contains("--tpm"))
     );
     let version = concat!("dormouse v", env!("CARGO_PKG_VERSION"), "\n");
     for flag in ["--version", "-V"] {
@@ -140,7 +140,7 @@ fn as_cloud_hypervisor_it_has_the_options_without_the_commands() {
     assert!(matches!(parse("--kernel k --cpus boot=2"), Ok(Action::Run { config: Some(_), .. })));
     assert!(parse("doctor").is_err() && parse("ctl ping").is_err());
     assert!(
-        parse("--kernel k --disk path=d").unwrap_err().to_string().starts_with("--disk is not in Dormouse")
+        parse("--kernel k --tpm socket=s").unwrap_err().to_string().starts_with("--tpm is not in Dormouse")
     );
     let Ok(Action::Print(help)) = parse("--help") else { panic!() };
     assert!(help.contains("Usage: cloud-hypervisor") && !help.contains("doctor"), "{help}");

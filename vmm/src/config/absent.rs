@@ -35,7 +35,6 @@ macro_rules! absent {
 
 absent! {
     net => "net (--net)",
-    balloon => "balloon (--balloon)",
     pmem => "pmem (--pmem)",
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
@@ -43,7 +42,6 @@ absent! {
     pvpanic => "pvpanic (--pvpanic)",
     iommu => "iommu (a device with iommu=on)",
     numa => "numa (--numa)",
-    watchdog => "watchdog (--watchdog)",
     rtc => "rtc (--rtc)",
     pci_segments => "pci_segments (--pci-segment)",
     tpm => "tpm (--tpm)",
@@ -87,7 +85,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_accepted_and_not_shown() {
-        let text = r#"{"pmem": null, "net": [], "watchdog": false, "unheard_of": {"a": 1}}"#;
+        let text = r#"{"pmem": null, "net": [], "pvpanic": false, "unheard_of": {"a": 1}}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert!(settings.validate().is_ok());
         assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");

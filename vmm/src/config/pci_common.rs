@@ -64,6 +64,10 @@ impl VmConfig {
         all.extend(self.fs.iter_mut().flatten().map(|fs| (Numbered("_fs"), &mut fs.pci)));
         let generic = self.generic_vhost_user.iter_mut().flatten();
         all.extend(generic.map(|device| (Numbered("_generic_vhost_user"), &mut device.pci)));
+        all.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
+        if self.watchdog {
+            all.push((Only("__watchdog"), &mut self.watchdog_pci));
+        }
         all
     }
 

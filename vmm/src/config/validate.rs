@@ -147,6 +147,19 @@ pub enum ConfigError {
         /// The number.
         bar: u64,
     },
+    /// No balloon to resize.
+    #[error("the VM has no balloon that could be resized; start it with --balloon size=0")]
+    NoBalloon,
+    /// A balloon as large as the guest's memory.
+    #[error(
+        "--balloon size={size}: the guest has {memory} bytes of memory and cannot give up all of them; ask for less"
+    )]
+    Balloon {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of memory.
+        memory: u64,
+    },
     /// Not a UUID.
     #[error("--platform system_uuid={uuid} is no UUID; write it as 8-4-4-4-12 hexadecimal digits")]
     Uuid {
@@ -172,6 +185,7 @@ impl VmConfig {
         let debug_console = !matches!(self.debug_console.mode, ConsoleMode::Off);
         refuse(debug_console, "debug_console (--debug-console) other than off")?;
         self.absent.validate()?;
+        self.validate_balloon()?;
         if let Some(platform) = &self.platform {
             platform.validate()?;
         }

@@ -1,0 +1,149 @@
+//! Disks that fail, and a VMM that is killed: what was flushed is kept, and all else is an I/O error of the guest's.
+
+use std::time::Duration;
+
+use super::debian::last_number;
+use super::on;
+use crate::error::{Result, ensure};
+use crate::guest::{Guest, VmSpec};
+use crate::host::Host;
+use crate::rpc::wait_for;
+use crate::runner::{Case, Scenario};
+use crate::spec::{Device, HostSpec, Slot};
+
+/// For what takes long in an emulated machine.
+const LONG: Duration = Duration::from_secs(90);
+/// Flushed records after which the VMM is killed.
+const ENOUGH: u64 = 800;
+
+pub fn table() -> Vec<Scenario> {
+    // The host of the scenarios with Debian, so that they share a boot.
+    let host = || HostSpec::new(&[Slot::new(Device::Gpu)]).debian();
+    vec![
+        on(host(), "a_raw_disk_keeps_every_flushed_record_when_the_vmm_is_killed", |case| {
+            killed(case, "raw")
+        }),
+        on(host(), "a_qcow2_disk_keeps_every_flushed_record_when_the_vmm_is_killed", |case| {
+            killed(case, "qcow2")
+        }),
+        on(host(), "a_full_disk_and_a_cut_off_image_are_io_errors_of_the_guest", no_room),
+        on(host(), "an_io_error_of_the_host_is_one_of_the_guest_and_goes_when_the_disk_is_mended", broken),
+    ]
+}
+
+/// A small guest with these disks.
+fn vm(case: &Case<'_>, disks: &[&str]) -> VmSpec {
+    let mut vm = VmSpec::new(case.guest);
+    vm.modules.push("virtio_blk");
+    disks.iter().fold(vm, |vm, disk| vm.options(&format!("--disk {disk}")))
+}
+
+fn killed(case: &Case<'_>, format: &str) -> Result<()> {
+    let host = case.host;
+    let image = format!("/images/records.{format}");
+    host.sh(&format!("rm -f {image} /images/records.plain; qemu-img create -f {format} {image} 64M"))?;
+    let guest = host.start_vm(&vm(case, &[&format!("path={image},image_type={format}")]))?;
+    let mark = guest.mark();
+    guest.begin("guest_tool records write /dev/vda")?;
+    let flushed = || last_number(host, mark, "flushed ");
+    wait_for("enough records are flushed", LONG, || {
+        Ok(flushed().filter(|n| *n >= ENOUGH).ok_or_else(|| format!("{:?} of {ENOUGH}", flushed())))
+    })?;
+    guest.signal("KILL")?;
+    guest.wait_exit()?;
+    let flushed = flushed().unwrap_or_default();
+    if format == "qcow2" {
+        let check = host.run_for(&format!("qemu-img check {image}"), LONG)?;
+        // 3: clusters that nobody uses. An image that was cut off in its growth may have them.
+        ensure(matches!(check.status, 0 | 3), || format!("the image is damaged: {}", check.text))?;
+    }
+    let look = format!(
+        "qemu-img convert -f {format} -O raw {image} /images/records.plain && \
+         guest_tool records check /images/records.plain {flushed}; s=$?; rm -f /images/records.*; exit $s"
+    );
+    let verdict = host.run_for(&look, LONG)?;
+    ensure(verdict.status == 0, || format!("of {flushed} flushed records: {}", verdict.text))
+}
+
+fn no_room(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    host.sh("mkdir -p /run/small && mount -t tmpfs -o size=8M small /run/small && truncate -s 64M /run/small/disk")?;
+    host.sh("rm -f /images/cut && dd if=/dev/urandom of=/images/cut bs=1M count=8")?;
+    let outcome = no_room_within(case);
+    host.sh("umount /run/small; rm -f /images/cut")?;
+    outcome
+}
+
+fn no_room_within(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    let guest = host
+        .start_vm(&vm(case, &["path=/run/small/disk,image_type=raw", "path=/images/cut,image_type=raw"]))?;
+    guest.sh("dd if=/dev/zero of=/dev/vda bs=1M count=4 conv=fsync")?;
+    fails(&guest, "dd if=/dev/zero of=/dev/vda bs=1M seek=16 count=32 conv=fsync")?;
+    // What has room already still takes data, and more once there is room again.
+    guest.sh("dd if=/dev/zero of=/dev/vda bs=1M count=4 conv=fsync")?;
+    host.sh("mount -o remount,size=80M /run/small")?;
+    guest.sh("dd if=/dev/zero of=/dev/vda bs=1M seek=16 count=32 conv=fsync")?;
+
+    guest.sh("dd if=/dev/vdb of=/dev/null bs=1M count=2 iflag=direct")?;
+    host.sh("truncate -s 4M /images/cut")?;
+    fails(&guest, "dd if=/dev/vdb of=/dev/null bs=1M skip=6 count=1 iflag=direct")?;
+    guest.sh("dd if=/dev/vdb of=/dev/null bs=1M count=4 iflag=direct")?;
+    lives_on(host, &guest)
+}
+
+/// A device of the host that fails in its middle, and then altogether; then it is mended.
+fn broken(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    host.sh(
+        "truncate -s 16M /images/broken && losetup /dev/loop0 /images/broken && \
+         printf '0 16384 linear /dev/loop0 0\\n16384 8192 error\\n24576 8192 linear /dev/loop0 24576\\n' | dmsetup create broken",
+    )?;
+    let outcome = broken_within(case);
+    host.sh("dmsetup remove --retry broken; losetup -d /dev/loop0; rm -f /images/broken")?;
+    outcome
+}
+
+fn broken_within(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    let guest = host.start_vm(&vm(case, &["path=/dev/dm-0,image_type=raw,direct=on"]))?;
+    for (from, good) in [(2, true), (9, false), (14, true)] {
+        let read = format!("dd if=/dev/vda of=/dev/null bs=1M skip={from} count=1 iflag=direct");
+        let write = format!("dd if=/dev/zero of=/dev/vda bs=1M seek={from} count=1 oflag=direct conv=fsync");
+        for command in [read, write] {
+            if good { guest.sh(&command).map(drop)? } else { fails(&guest, &command)? }
+        }
+    }
+    let table = |lines: &str| {
+        format!(
+            "echo '{lines}' | dmsetup load broken && dmsetup suspend --noflush broken && dmsetup resume broken"
+        )
+    };
+    host.sh(&table("0 32768 error"))?;
+    fails(&guest, "dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct")?;
+    fails(&guest, "dd if=/dev/zero of=/dev/vda bs=1M count=1 oflag=direct conv=fsync")?;
+    host.sh(&table("0 32768 linear /dev/loop0 0"))?;
+    guest.sh("dd if=/dev/zero of=/dev/vda bs=1M count=16 oflag=direct conv=fsync")?;
+    guest.sh("dd if=/dev/vda of=/dev/null bs=1M count=16 iflag=direct")?;
+    lives_on(host, &guest)
+}
+
+/// The guest is told of the error; it has not waited for the disk until its patience ended.
+fn fails(guest: &Guest<'_>, command: &str) -> Result<()> {
+    let output = guest.run(&format!("timeout 20 {command}"))?;
+    let told = output.text.contains("I/O error") || output.text.contains("No space");
+    ensure(output.status == 1 && told, || {
+        format!(
+            "the guest's `{command}` ended with {} instead of an I/O error: {}",
+            output.status, output.text
+        )
+    })
+}
+
+fn lives_on(host: &Host, guest: &Guest<'_>) -> Result<()> {
+    let errors = guest.sh("dmesg | grep -c 'I/O error'")?;
+    ensure(errors != "0", || "the guest's kernel has seen no I/O error".to_owned())?;
+    let running = host.sh("pidof dormouse")?;
+    ensure(running == host.sh("cat /run/vmm.pid")?, || format!("the VMM is process {running} now"))?;
+    guest.power_off()
+}
