@@ -7,6 +7,7 @@ pub mod block;
 pub mod emulated;
 pub mod event_device;
 pub mod i8042;
+pub mod net;
 pub mod pm1;
 pub mod rate_limit;
 pub mod reset;

@@ -34,8 +34,6 @@ const HOST_MODULES: &[&str] = &[
     "uio_pci_generic",
     // The disks with Debian, and what disks and networks of VMs are made of.
     "virtio_blk",
-    "virtio_net",
-    "virtiofs",
     "ext4",
     "loop",
     "dm_mod",
@@ -59,6 +57,8 @@ const GUEST_MODULES: &[&str] = &[
     "button",
     "evdev",
     "virtio_blk",
+    "virtio_net",
+    "virtiofs",
     "ext4",
     "crc32c_generic",
 ];

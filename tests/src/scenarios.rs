@@ -7,8 +7,8 @@ mod bad_input;
 mod boot;
 mod clients;
 mod debian;
-mod disk_faults;
 mod disk;
+mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
@@ -17,6 +17,7 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod net;
 mod nic;
 mod nvme;
 mod operator;
@@ -67,6 +68,7 @@ pub fn all() -> Vec<Scenario> {
         virtio::table(),
         disk::table(),
         vhost_user::table(),
+        net::table(),
     ]
     .concat()
 }

@@ -14,8 +14,8 @@ use thiserror::Error;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, Endpoint, FsConfig,
-    GenericVhostUserConfig, MemoryConfig, OptionError, PayloadConfig, PlatformConfig, RateLimitGroupConfig,
-    RngConfig, VmConfig,
+    GenericVhostUserConfig, MemoryConfig, NetConfig, OptionError, PayloadConfig, PlatformConfig,
+    RateLimitGroupConfig, RngConfig, VmConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -41,7 +41,6 @@ const NOT_YET: &[&str] = &[
     "landlock",
     "landlock-rules",
     "memory-zone",
-    "net",
     "numa",
     "pci-segment",
     "pmem",
@@ -134,6 +133,11 @@ struct Run {
     /// vhost-user device of any type: device_type=N,socket=PATH,queue_sizes=[N,..],id=. Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     generic_vhost_user: Vec<String>,
+    /// Network device: tap=NAME or fd=[N,..],mac=,ip=,mask=,host_mac=,mtu=,num_queues=2,queue_size=256,offload_tso=on,
+    /// offload_ufo=on,offload_csum=on,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,vhost=off|on|auto,id=
+    /// and more. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    net: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
@@ -466,6 +470,7 @@ impl Run {
             generic_vhost_user: some(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             balloon: self.balloon.as_deref().map(BalloonConfig::parse).transpose()?,
             watchdog: self.watchdog,
+            net: some(&self.net, NetConfig::parse)?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
             ..VmConfig::default()
@@ -486,6 +491,7 @@ impl Run {
             ("--fs", !self.fs.is_empty()),
             ("--generic-vhost-user", !self.generic_vhost_user.is_empty()),
             ("--rate-limit-group", !self.rate_limit_group.is_empty()),
+            ("--net", !self.net.is_empty()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--device", !self.device.is_empty()),

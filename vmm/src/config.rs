@@ -10,10 +10,12 @@ use serde::{Deserialize, Serialize};
 
 mod absent;
 mod balloon;
+mod descriptors;
 mod disk;
 mod endpoint;
 mod fs;
 mod generic_vhost_user;
+mod net;
 pub mod option_parser;
 mod parse;
 pub mod pci_common;
@@ -26,10 +28,12 @@ mod vhost_user;
 
 pub use absent::{AbsentSettings, DebugConsoleConfig};
 pub use balloon::BalloonConfig;
+pub use descriptors::Descriptors;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
 pub use fs::FsConfig;
 pub use generic_vhost_user::GenericVhostUserConfig;
+pub use net::{NetConfig, NetError, VhostChoice, VhostMode};
 pub use option_parser::OptionError;
 pub use pci_common::PciCommon;
 pub use rng::RngConfig;
@@ -61,6 +65,9 @@ pub struct VmConfig {
     /// Disks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
+    /// Network devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,

@@ -20,6 +20,7 @@ use pci::DevFn;
 use crate::assigned::{Surroundings, message_vectors};
 use crate::config::VmConfig;
 use crate::disks::{DiskUnit, Groups, make_disk};
+use crate::nets::{NetUnitError, make_net};
 use crate::vhost_user;
 
 /// A device that cannot be made.
@@ -39,6 +40,9 @@ pub enum EmulatedError {
         /// What is wrong.
         source: VhostUserError,
     },
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetUnitError),
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -133,6 +137,14 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
         }
         let groups = Rc::clone(&groups);
         plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
+    }
+    for net in config.net.iter().flatten() {
+        let make: Make<'a> = if net.vhost_user {
+            Box::new(|id| vhost_user::net(id, net))
+        } else {
+            Box::new(|id| Ok(virtio(make_net(id, net)?)))
+        };
+        plan.push(make);
     }
     plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
     plan.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));

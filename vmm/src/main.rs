@@ -29,6 +29,7 @@ mod manual;
 mod memory;
 mod memslot;
 mod multicall;
+mod nets;
 mod orders;
 mod output;
 mod places;

@@ -11,7 +11,7 @@ use super::control_queue;
 use super::error::VhostUserError;
 use super::keeper::{Desk, Duty, End, Job, Keeper, LIMIT};
 use super::peer::Mode;
-use crate::virtio::device::{Activation, Active, DeviceError, DeviceType, VirtioDevice};
+use crate::virtio::device::{Activation, Active, DeviceError, DeviceType, Saved, VirtioDevice};
 use crate::virtio::worker::Worker;
 
 const STACK_BYTES: usize = 256 << 10;
@@ -179,6 +179,17 @@ impl VirtioDevice for VhostUser {
 
     fn memory_changed(&self) {
         self.desk.ask(Job::Memory);
+    }
+
+    fn save(&self) -> Result<Saved, String> {
+        match self.about.device_type {
+            // All that these know is in their queues and on their medium.
+            DeviceType::NET | DeviceType::BLOCK => Ok(Saved::Null),
+            _ => Err(format!(
+                "device {}: what its vhost-user backend knows (open files, for example) cannot be saved; remove the device first",
+                self.about.name
+            )),
+        }
     }
 }
 

@@ -131,6 +131,10 @@ impl Desk {
     pub(super) fn post(&self, job: Job) -> Receiver<()> {
         let (done, receiver) = mpsc::channel();
         let mut mail = lock(&self.mail);
+        // A driver may ask for this as often as it likes; the last one counts.
+        if matches!(job, Job::Enable(_)) {
+            mail.jobs.retain(|(job, _)| !matches!(job, Job::Enable(_)));
+        }
         let writes = mail.jobs.iter().filter(|(job, _)| matches!(job, Job::Write(..))).count();
         if !matches!(job, Job::Write(..)) || writes < WRITES_MAX {
             mail.jobs.push_back((job, done));
@@ -325,7 +329,12 @@ impl Keeper {
             }
             Job::Memory => self.remember(),
             Job::Write(offset, data) => {
-                self.with_link("a write to its configuration", |link, _| link.write_config(offset, &data));
+                let name = self.about.name.clone();
+                self.with_link("a write to its configuration", |link, _| {
+                    // A backend may refuse what makes no sense, and is none the worse for it.
+                    let _ = link.write_config(offset, &data).inspect_err(|e| debug!("device {name}: {e}"));
+                    Ok(())
+                });
                 self.refresh();
                 self.desk.prompt.store(true, Ordering::Relaxed);
             }

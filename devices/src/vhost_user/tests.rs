@@ -405,6 +405,14 @@ fn a_generic_device_has_what_its_backend_says() {
 }
 
 #[test]
+fn a_snapshot_is_refused_where_the_backend_knows_more_than_the_rings() {
+    let backend = Running::start(0, all_protocol(), &[0; 60]);
+    assert!(fs_at(&backend.socket).unwrap().save().unwrap_err().contains("remove the device first"));
+    let backend = Running::start(0, all_protocol(), &[0; 60]);
+    assert!(block::new("_disk0", &backend.socket, 1, 16).unwrap().save().is_ok());
+}
+
+#[test]
 fn packed_rings_are_offered_if_the_backend_has_them() {
     let backend = Running::start(F_RING_PACKED, all_protocol(), &[]);
     assert_eq!(fs_at(&backend.socket).unwrap().features(), F_RING_PACKED);

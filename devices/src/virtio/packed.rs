@@ -161,6 +161,37 @@ impl PackedRing {
     /// # Errors
     /// The ring is not in memory any more.
     pub fn push(&mut self, memory: &GuestMemoryMmap, chain: Chain, written: u32) -> Result<(), RingError> {
+        self.push_all(memory, std::iter::once((chain, written)))
+    }
+
+    /// Gives several chains back at once: the driver, who looks at one after the other, sees all of them or none.
+    ///
+    /// # Errors
+    /// The ring is not in memory any more.
+    pub fn push_all(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) -> Result<(), RingError> {
+        let mut first = None;
+        for (chain, written) in chains {
+            let (at, flags) = self.write_used(memory, &chain, written)?;
+            // The flags give a descriptor to the driver. Those of the first one do so for all.
+            match first {
+                None => first = Some((at, flags)),
+                Some(_) => store_u16(memory, RING, at, flags, Ordering::Release)?,
+            }
+        }
+        first.map_or(Ok(()), |(at, flags)| store_u16(memory, RING, at, flags, Ordering::Release))
+    }
+
+    /// Writes a used descriptor but for its flags, which are returned with their address.
+    fn write_used(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chain: &Chain,
+        written: u32,
+    ) -> Result<(u64, u16), RingError> {
         let size = self.layout.size;
         let wrap = self.position.used_wrap;
         let turn = if wrap { AVAIL | USED } else { 0 };
@@ -169,10 +200,9 @@ impl PackedRing {
         let outside = RingError::Outside { what: RING, address, len: DESCRIPTOR_LEN };
         let [l0, l1, l2, l3] = written.to_le_bytes();
         let [i0, i1] = chain.id.to_le_bytes();
-        // The length and the ID, then, when they are there, the flags that give the descriptor to the driver.
+        // The length and the ID must be there before the flags.
         let body = GuestAddress(address.wrapping_add(8));
         memory.write_slice(&[l0, l1, l2, l3, i0, i1], body).map_err(|_| outside)?;
-        store_u16(memory, RING, address.wrapping_add(FLAGS), flags, Ordering::Release)?;
         self.in_flight.give_back(chain.id);
         self.taken = self.taken.saturating_sub(chain.slots);
         self.given_back = self.given_back.wrapping_add(chain.slots);
@@ -181,7 +211,7 @@ impl PackedRing {
         let next = if turned { next - u32::from(size) } else { next };
         self.position.used = u16::try_from(next).unwrap_or(0);
         self.position.used_wrap = wrap != turned;
-        Ok(())
+        Ok((address.wrapping_add(FLAGS), flags))
     }
 
     /// Whether the driver wants to hear of what was given back since the last call.

@@ -155,6 +155,20 @@ impl ActiveQueue {
         Ok(())
     }
 
+    /// Gives several chains back at once: the driver sees all of them or none, as it must where they are one packet.
+    ///
+    /// # Errors
+    /// The ring is not in memory any more.
+    pub fn push_all(
+        &mut self,
+        view: &MemoryView,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) -> Result<(), RingError> {
+        either!(&mut self.ring, ring => ring.push_all(view, chains))?;
+        self.position.set(self.ring.position());
+        Ok(())
+    }
+
     /// Interrupts the driver, if it wants to hear of what was given back since the last call.
     ///
     /// # Errors

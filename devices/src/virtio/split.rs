@@ -4,10 +4,12 @@
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 use super::chain::{Builder, Chain, DESCRIPTOR_LEN};
-use super::ring::{InFlight, QueueLayout, RingError, RingFeatures, RingPosition, check_area, load_u16};
+use super::ring::{
+    InFlight, QueueLayout, RingError, RingFeatures, RingPosition, check_area, load_u16, store_u16,
+};
 
 /// Flags, index, and the event index at the end.
 const RING_OVERHEAD: u64 = 6;
@@ -127,21 +129,50 @@ impl SplitRing {
         self.queue.add_used(memory, chain.id, written).map_err(|_| self.used_ring_gone())
     }
 
+    /// Gives several chains back at once: the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// The used ring is not in memory any more.
+    pub fn push_all(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) -> Result<(), RingError> {
+        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        let mut next = self.queue.next_used();
+        for (chain, written) in chains {
+            let entry = ring.wrapping_add(RING_HEADER + u64::from(next % size) * USED_ENTRY);
+            let element = u64::from(chain.id) | u64::from(written) << 32;
+            memory.write_obj(element.to_le(), GuestAddress(entry)).map_err(|_| self.used_ring_gone())?;
+            self.in_flight.give_back(chain.id);
+            self.given_back = self.given_back.wrapping_add(1);
+            next = next.wrapping_add(1);
+        }
+        store_u16(memory, "used ring", ring.wrapping_add(2), next, Ordering::Release)?;
+        self.queue.set_next_used(next);
+        Ok(())
+    }
+
     /// Whether the driver wants to hear of what was given back since the last call.
     ///
     /// # Errors
     /// The ring is not in memory any more.
     pub fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
-        if std::mem::take(&mut self.given_back) == 0 {
+        let given_back = std::mem::take(&mut self.given_back);
+        if given_back == 0 {
             return Ok(false);
         }
-        if !self.queue.event_idx_enabled() {
-            // What was given back must be visible before the flags are read.
-            std::sync::atomic::fence(Ordering::SeqCst);
-            let flags = load_u16(memory, "available ring", self.queue.avail_ring(), Ordering::Relaxed)?;
-            return Ok(flags & NO_INTERRUPT == 0);
+        // What was given back must be visible before the driver's wish is read.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let ring = self.queue.avail_ring();
+        if self.queue.event_idx_enabled() {
+            // The library counts only what was given back through it.
+            let end = RING_HEADER + u64::from(self.queue.size()) * AVAIL_ENTRY;
+            let event = load_u16(memory, "available ring", ring.wrapping_add(end), Ordering::Relaxed)?;
+            return Ok(self.queue.next_used().wrapping_sub(event).wrapping_sub(1) < given_back);
         }
-        self.queue.needs_notification(memory).map_err(|_| self.used_ring_gone())
+        let flags = load_u16(memory, "available ring", ring, Ordering::Relaxed)?;
+        Ok(flags & NO_INTERRUPT == 0)
     }
 
     /// Asks the driver to tell of the next chain; whether there is one already.

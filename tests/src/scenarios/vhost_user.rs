@@ -229,7 +229,8 @@ fn come_and_go(case: &Case<'_>) -> Result<()> {
     daemon.kill()?;
     fails(&guest, "dd if=/dev/vda of=/dev/null bs=1M count=1")?;
     remove(host, &guest, "added", &place)?;
-    let refused = host.run(&format!("dormouse ctl --api-socket {API} add-fs tag=share,socket=/run/nobody"))?;
+    let refused =
+        host.run(&format!("dormouse ctl --api-socket {API} add-fs tag=share,socket=/run/nobody"))?;
     ensure(refused.status == 1 && refused.text.contains("start the backend first"), || refused.text)?;
     vm_lives(&guest)?;
     end(host, &guest)
@@ -269,6 +270,7 @@ fn disk(case: &Case<'_>) -> Result<()> {
 /// passt gives the guest the address that the host has, and takes what is sent to the gateway to the host itself.
 fn net(case: &Case<'_>) -> Result<()> {
     const ADDRESS: &str = "192.168.88.1/24";
+    const MAC: &str = "02:00:00:00:88:01";
     const GATEWAY: &str = "192.168.88.2";
     let host = case.host;
     host.sh(&format!(
@@ -281,8 +283,9 @@ fn net(case: &Case<'_>) -> Result<()> {
     host.sh(&format!("chmod 1777 /tmp; rm -f {NET}"))?;
     let command = format!("passt --foreground --vhost-user --socket {NET}");
     let passt = Peer::start(host, "passt", &format!("test -S {NET}"), &command)?;
-    let guest = host
-        .start_vm(&spec(&format!("--generic-vhost-user device_type=1,socket={NET},queue_sizes=[256,256]")))?;
+    let guest = host.start_vm(&spec(&format!("--net vhost_user=on,socket={NET},mac={MAC},num_queues=2")))?;
+    let mac = guest.sh("cat /sys/class/net/eth0/address")?;
+    ensure(mac.trim() == MAC, || format!("the guest's address is {mac}"))?;
     guest.sh(&format!(
         "ip link set eth0 up && ip addr add {ADDRESS} dev eth0 && ip route add default via {GATEWAY}"
     ))?;
@@ -291,7 +294,13 @@ fn net(case: &Case<'_>) -> Result<()> {
     same(host, &guest, "cat /run/down", &format!("cat {SHARED}/down"))?;
     passt.kill()?;
     fails(&guest, &format!("ping -c 1 -W 2 {GATEWAY}"))?;
+    one_line(&guest, "_net0")?;
     vm_lives(&guest)?;
+    // It goes on by itself when the backend is back.
+    host.sh(&format!("rm -f {NET}"))?;
+    let passt = Peer::start(host, "passt", &format!("test -S {NET}"), &command)?;
+    guest.sh_for(&format!("ping -c 3 -W 20 {GATEWAY}"), LONG)?;
+    drop(passt);
     end(host, &guest)?;
     drop(server);
     host.sh("debian ip link del vhost0").map(drop)

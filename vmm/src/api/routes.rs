@@ -2,13 +2,17 @@
 //!
 //! `PUT` for everything that changes something, `GET` for what reads; unknown fields of bodies are ignored and null is the same as absent.
 
+use std::os::fd::OwnedFd;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vfio_pm::PolicyChange;
 
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
-use crate::config::{DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, VmConfig};
+use crate::config::{
+    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig,
+};
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
 
@@ -24,9 +28,14 @@ enum Endpoint {
     Plain(fn() -> Order),
     /// PUT with a body.
     Body(fn(&Api, &[u8]) -> Result<Answer, Failure>),
+    /// PUT with a body, and open files beside it.
+    BodyAndFiles(WithFiles),
     /// PUT of something that is not there yet.
     Absent(&'static str),
 }
+
+/// What takes a body, and open files that came with it.
+type WithFiles = fn(&Api, &[u8], Vec<OwnedFd>) -> Result<Answer, Failure>;
 
 /// What is in a reply.
 enum Answer {
@@ -77,7 +86,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
         "The device could not be added to the VM",
         Endpoint::Body(add_generic_vhost_user),
     ),
-    ("vm.add-net", "The network device could not be added to the VM", Endpoint::Absent("a network device")),
+    ("vm.add-net", "The network device could not be added to the VM", Endpoint::BodyAndFiles(add_net)),
     ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
     ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Absent("virtio-vsock")),
@@ -117,7 +126,8 @@ pub fn answer(request: Request, api: &Api, access: Access) -> Reply {
     let Some((_, what, endpoint)) = ENDPOINTS.iter().find(|(known, ..)| *known == name) else {
         return error(404, vec!["Not Found".to_owned()]);
     };
-    if !request.descriptors.is_empty() && !matches!(endpoint, Endpoint::Absent(_)) {
+    if !request.descriptors.is_empty() && !matches!(endpoint, Endpoint::Absent(_) | Endpoint::BodyAndFiles(_))
+    {
         let count = request.descriptors.len();
         return error(
             400,
@@ -137,8 +147,11 @@ pub fn answer(request: Request, api: &Api, access: Access) -> Reply {
         }
         (Endpoint::Plain(_), _, Some(_)) => return bad_request(),
         (Endpoint::Plain(order), ..) => place(api, order()),
-        (Endpoint::Body(_), _, None) => Err(Failure::Body("the request has no body".to_owned())),
+        (Endpoint::Body(_) | Endpoint::BodyAndFiles(_), _, None) => {
+            Err(Failure::Body("the request has no body".to_owned()))
+        }
         (Endpoint::Body(act), _, Some(body)) => act(api, body),
+        (Endpoint::BodyAndFiles(act), _, Some(body)) => act(api, body, request.descriptors),
         (Endpoint::Absent(what), ..) => Err(Failure::Vm(VmError::NotYet { what })),
     };
     match result {
@@ -246,6 +259,14 @@ struct ResizeDiskBody {
 fn resize_disk(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
     let ResizeDiskBody { id, desired_size } = parse(body)?;
     place(api, Order::ResizeDisk { id, size: desired_size })
+}
+
+fn add_net(api: &Api, body: &[u8], files: Vec<OwnedFd>) -> Result<Answer, Failure> {
+    let mut net = parse::<NetConfig>(body)?;
+    if !files.is_empty() {
+        net.fds = Some(Descriptors::of_files(files));
+    }
+    add_emulated(api, move |config| config.net.get_or_insert_default().push(net))
 }
 
 #[derive(Deserialize)]

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Access, Api, serve};
+use crate::config::VmConfig;
 use crate::orders::{Completion, Order, Orders};
 use crate::status::Status;
 
@@ -43,13 +44,20 @@ impl Server {
         let taken = Arc::new(Mutex::new(Vec::new()));
         let (carrying_out, noted, shown) = (Arc::clone(&orders), Arc::clone(&taken), status);
         thread::spawn(move || {
+            let mut present = VmConfig::default();
             loop {
                 let _ = poll(&mut [PollFd::new(carrying_out.event(), PollFlags::IN)], None);
                 while let Some((order, waiter)) = carrying_out.take() {
                     noted.lock().unwrap().push(format!("{order:?}"));
-                    if let Order::Create(config) = &order {
-                        shown.set_config(Some(config));
+                    match order {
+                        Order::Create(config) => present = *config,
+                        Order::AddEmulated(addition) => (addition.0)(&mut present),
+                        _ => {
+                            waiter.answer(Ok(Completion::Plain));
+                            continue;
+                        }
                     }
+                    shown.set_config(Some(&present));
                     waiter.answer(Ok(Completion::Plain));
                 }
             }

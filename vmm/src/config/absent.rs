@@ -34,7 +34,6 @@ macro_rules! absent {
 }
 
 absent! {
-    net => "net (--net)",
     pmem => "pmem (--pmem)",
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
@@ -85,7 +84,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_accepted_and_not_shown() {
-        let text = r#"{"pmem": null, "net": [], "pvpanic": false, "unheard_of": {"a": 1}}"#;
+        let text = r#"{"pmem": null, "vdpa": [], "pvpanic": false, "unheard_of": {"a": 1}}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert!(settings.validate().is_ok());
         assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");

@@ -60,6 +60,7 @@ impl VmConfig {
     pub fn emulated_mut(&mut self) -> Vec<(DefaultName, &mut PciCommon)> {
         let mut all = Vec::new();
         all.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
+        all.extend(self.net.iter_mut().flatten().map(|net| (Numbered("_net"), &mut net.pci)));
         all.push((Only("__rng"), &mut self.rng.pci));
         all.extend(self.fs.iter_mut().flatten().map(|fs| (Numbered("_fs"), &mut fs.pci)));
         let generic = self.generic_vhost_user.iter_mut().flatten();
@@ -80,6 +81,7 @@ impl VmConfig {
             list.len() < before
         }
         remove(&mut self.disks, id, |disk| &disk.pci)
+            || remove(&mut self.net, id, |net| &net.pci)
             || remove(&mut self.fs, id, |fs| &fs.pci)
             || remove(&mut self.generic_vhost_user, id, |device| &device.pci)
     }

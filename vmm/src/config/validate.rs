@@ -160,6 +160,9 @@ pub enum ConfigError {
         /// Bytes of memory.
         memory: u64,
     },
+    /// A network device that makes no sense.
+    #[error(transparent)]
+    Net(#[from] super::NetError),
     /// Not a UUID.
     #[error("--platform system_uuid={uuid} is no UUID; write it as 8-4-4-4-12 hexadecimal digits")]
     Uuid {
@@ -205,6 +208,7 @@ impl VmConfig {
         validate_devices(self.devices.as_deref().unwrap_or_default())?;
         self.validate_disks()?;
         self.validate_vhost_user()?;
+        self.validate_net()?;
         self.validate_names_and_places()
     }
 

@@ -101,6 +101,7 @@ impl VmConfig {
         let present = [
             ("--fs", self.fs.iter().flatten().count() > 0),
             ("--generic-vhost-user", self.generic_vhost_user.iter().flatten().count() > 0),
+            ("--net vhost_user=on", self.net.iter().flatten().any(|net| net.vhost_user)),
             ("--disk vhost_user=on", self.disks.iter().flatten().any(|disk| disk.vhost_user)),
         ];
         match present.iter().find(|(_, present)| *present) {

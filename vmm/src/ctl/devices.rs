@@ -158,6 +158,7 @@ pub const NET: Schema = Schema {
         field("offload_tso", Switch),
         field("offload_ufo", Switch),
         field("offload_csum", Switch),
+        field("vhost", Word("on, off or auto", &[("on", "On"), ("off", "Off"), ("auto", "Auto")])),
         ID,
         SEGMENT,
         SLOT,

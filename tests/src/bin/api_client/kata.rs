@@ -18,7 +18,7 @@ const PING: Duration = Duration::from_secs(1);
 /// Until the first answer, and for creating and booting.
 const START: Duration = Duration::from_secs(10);
 
-pub fn run(socket: &str, config: &str) -> Outcome {
+pub fn run(socket: &str, config: &str, tap: Option<&str>) -> Outcome {
     let begin = Instant::now();
     while ping(socket).is_err() {
         if begin.elapsed() > START {
@@ -44,7 +44,7 @@ pub fn run(socket: &str, config: &str) -> Outcome {
         }
     });
     let begin = Instant::now();
-    let booted = boot(socket, &config);
+    let booted = boot(socket, &config, tap);
     let took = begin.elapsed();
     stop.store(true, Ordering::SeqCst);
     let (count, longest) = pinging.join().map_err(|_| "the pinging thread panicked".to_owned())??;
@@ -68,7 +68,7 @@ fn ping(socket: &str) -> Outcome {
     if answer.status == 200 { Ok(()) } else { Err(format!("ping: {answer:?}")) }
 }
 
-fn boot(socket: &str, config: &str) -> Outcome {
+fn boot(socket: &str, config: &str, tap: Option<&str>) -> Outcome {
     let mut connection = Connection::new(socket)?;
     let mut put = |name: &str, body| match connection.call("PUT", name, body)? {
         answer if answer.status == 204 => Ok(()),
@@ -76,6 +76,19 @@ fn boot(socket: &str, config: &str) -> Outcome {
     };
     put("vm.create", Some(config))?;
     expect_state(socket, "Created")?;
+    if let Some(tap) = tap {
+        // With the defaults of its generated client, whatever the descriptors say.
+        let body = r#"{"ip":"192.168.249.1","mask":"255.255.255.0","mac":"02:00:ca:fe:00:04","host_mac":null,"mtu":null,
+            "iommu":false,"num_queues":2,"queue_size":256,"vhost_user":false,"vhost_socket":null,"vhost_mode":"Client","id":null,
+            "pci_segment":0,"rate_limiter_config":null}"#;
+        crate::net::add(socket, tap, "1", body)?;
+        let info = Connection::new(socket)?.call("GET", "vm.info", None)?.json();
+        for field in ["ip", "mask", "mac"] {
+            if !info["config"]["net"][0][field].is_string() {
+                return Err(format!("vm.info has no {field} of the network device: {info}"));
+            }
+        }
+    }
     put("vm.boot", None)?;
     expect_state(socket, "Running")
 }

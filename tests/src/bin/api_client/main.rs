@@ -2,7 +2,8 @@
 //!
 //! - `api_client call SOCKET METHOD NAME [BODY]`: one call; prints the status and the body. NAME is a path if it begins with a slash.
 //! - `api_client sdk SOCKET STEP...`: the crate `cloud-hypervisor-client`; see [`sdk`].
-//! - `api_client kata SOCKET CONFIG`: creates and boots as Kata Containers does; see [`kata`].
+//! - `api_client kata SOCKET CONFIG`: creates and boots as Kata Containers does; see [`kata`]. With TAP behind it, adds a network device in between.
+//! - `api_client net SOCKET TAP PAIRS BODY`: hands a tap over with `vm.add-net`; see [`net`].
 //! - `api_client load COUNT SOCKET...`: COUNT calls that read, in turn on each socket; see [`load`].
 //! - `api_client watch SECONDS SOCKET PID BDF`: reads `top`, metrics and doctor every second; see [`load`].
 //! - `api_client orders SOCKET KERNEL`: every call in every state; see [`orders`].
@@ -13,6 +14,7 @@
 mod abuse;
 mod kata;
 mod load;
+mod net;
 mod orders;
 #[path = "../../payload.rs"]
 mod payload;
@@ -35,14 +37,16 @@ fn main() -> ExitCode {
         ["call", socket, method, name] => call(socket, method, name, None),
         ["call", socket, method, name, body] => call(socket, method, name, Some(body)),
         ["sdk", socket, steps @ ..] if !steps.is_empty() => sdk::run(socket, steps),
-        ["kata", socket, config] => kata::run(socket, config),
+        ["kata", socket, config] => kata::run(socket, config, None),
+        ["kata", socket, config, tap] => kata::run(socket, config, Some(tap)),
+        ["net", socket, tap, pairs, body] => net::add(socket, tap, pairs, body),
         ["load", count, sockets @ ..] if !sockets.is_empty() => load::run(count, sockets),
         ["watch", seconds, socket, pid, bdf] => load::watch(seconds, socket, pid, bdf),
         ["orders", socket, kernel] => orders::run(socket, kernel),
         ["abuse", socket, pid] => abuse::run(socket, pid),
         ["payload", file] => std::fs::write(file, payload::elf()).map_err(|e| e.to_string()),
         ["listen", path, program, arguments @ ..] => Err(listen(path, program, arguments).to_string()),
-        _ => Err("usage: api_client call|sdk|kata|load|watch|orders|abuse|payload|listen ...".to_owned()),
+        _ => Err("usage: api_client call|sdk|kata|net|load|watch|orders|abuse|payload|listen ...".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

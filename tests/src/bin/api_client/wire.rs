@@ -1,10 +1,13 @@
 //! HTTP as `ch-remote` and Kata's client speak it: one request at a time over a Unix socket, and a reader that depends on the exact form of
 //! status line and `Content-Length`.
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
 /// The longest any call may take.
@@ -62,6 +65,20 @@ impl Connection {
     /// Sends bytes as they are.
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), String> {
         self.stream.write_all(bytes).map_err(|e| format!("cannot send: {e}"))
+    }
+
+    /// Sends a whole request and open files in one message, as Kata Containers and libvirt do.
+    pub fn send_with(&mut self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), String> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err("too many files".to_owned());
+        }
+        let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
+        match sent {
+            Ok(count) if count == bytes.len() => Ok(()),
+            other => Err(format!("cannot send {} bytes in one message: {other:?}", bytes.len())),
+        }
     }
 
     /// The next answer. Its head must have the form that such clients can read.

@@ -118,13 +118,15 @@ fn kata(case: &Case<'_>) -> Result<()> {
     config["disks"] = json!(null);
     host.sh(&format!("echo '{config}' >{CONFIG}"))?;
     let mark = guest.mark();
-    let output = host.run_for(&format!("api_client kata {API} {CONFIG}"), PATIENCE)?;
+    let output = host.run_for(&format!("modprobe tun; api_client kata {API} {CONFIG} tap_kata"), PATIENCE)?;
     println!("  {}", output.text);
     ensure(output.status == 0, || output.text)?;
     guest.wait_ready(mark)?;
+    // 1af4:1041 is a network device.
+    guest.sh("grep -l 0x1041 /sys/bus/pci/devices/*/device")?;
     // Kata finds its vCPUs by the names of the threads.
     let threads = host.sh("cat /proc/$(pidof dormouse)/task/*/comm | sort -u | tr '\\n' ' '")?;
-    for name in ["vmm", "http-server", "vcpu0"] {
+    for name in ["vmm", "http-server", "vcpu0", "__rng"] {
         ensure(threads.split(' ').any(|thread| thread == name), || {
             format!("no thread {name} in: {threads}")
         })?;
