@@ -18,4 +18,5 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod vfio;
+pub mod vhost_user;
 pub mod virtio;

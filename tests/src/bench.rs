@@ -5,8 +5,8 @@
 
 mod api;
 mod disk;
-mod net;
 mod login;
+mod net;
 mod power;
 mod start;
 mod wake;

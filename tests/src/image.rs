@@ -58,6 +58,7 @@ const GUEST_MODULES: &[&str] = &[
     "evdev",
     "virtio_blk",
     "virtio_net",
+    "virtiofs",
     "virtio_console",
     "vmw_vsock_virtio_transport",
     "pvpanic_pci",

@@ -29,6 +29,7 @@ mod slots;
 mod sockets;
 pub mod steps;
 mod tables;
+mod vhost_user;
 mod virtio;
 
 use crate::error::Result;
@@ -75,6 +76,7 @@ pub fn all() -> Vec<Scenario> {
         net::table(),
         disk::table(),
         sockets::table(),
+        vhost_user::table(),
     ]
     .concat()
 }

@@ -14,8 +14,9 @@ use thiserror::Error;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
-    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError, PayloadConfig, PlatformConfig,
-    RateLimitGroupConfig, RngConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
+    FsConfig, GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError,
+    PayloadConfig, PlatformConfig, RateLimitGroupConfig, RngConfig, VirtioConsoleConfig, VmConfig,
+    VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -32,10 +33,8 @@ const NOT_YET: &[&str] = &[
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "fs",
     "fw-cfg-config",
     "gdb",
-    "generic-vhost-user",
     "host-data",
     "igvm",
     "ivshmem",
@@ -146,6 +145,12 @@ struct Run {
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]
     rng: Option<String>,
+    /// Shared file system: tag=NAME,socket=PATH,num_queues=1,queue_size=1024,id=. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    fs: Vec<String>,
+    /// vhost-user device of any type: device_type=N,socket=PATH,queue_sizes=[N,..],id=. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    generic_vhost_user: Vec<String>,
     /// Memory balloon: size=0,deflate_on_oom=off,free_page_reporting=off
     #[arg(long, value_name = "KEYS")]
     balloon: Option<String>,
@@ -482,6 +487,8 @@ impl Run {
             watchdog: self.watchdog,
             rate_limit_groups: some(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
             disks: some(&self.disk, DiskConfig::parse)?,
+            fs: some(&self.fs, FsConfig::parse)?,
+            generic_vhost_user: some(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             net: some(&self.net, NetConfig::parse)?,
             vsock: self.vsock.as_deref().map(VsockConfig::parse).transpose()?,
             devices: (!devices.is_empty()).then_some(devices),
@@ -503,6 +510,8 @@ impl Run {
             ("--platform", self.platform.is_some()),
             ("--rng", self.rng.is_some()),
             ("--net", !self.net.is_empty()),
+            ("--fs", !self.fs.is_empty()),
+            ("--generic-vhost-user", !self.generic_vhost_user.is_empty()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--disk", !self.disk.is_empty()),

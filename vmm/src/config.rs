@@ -16,6 +16,8 @@ mod debug_console;
 mod descriptors;
 mod disk;
 mod endpoint;
+mod fs;
+mod generic_vhost_user;
 mod memory;
 mod net;
 mod numa;
@@ -28,6 +30,7 @@ mod rng;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod vhost_user;
 mod vsock;
 
 pub use absent::AbsentSettings;
@@ -38,8 +41,10 @@ pub use debug_console::DebugConsoleConfig;
 pub use descriptors::Descriptors;
 pub use disk::{DiskConfig, DiskConfigError, RateLimitGroupConfig};
 pub use endpoint::Endpoint;
+pub use fs::FsConfig;
+pub use generic_vhost_user::GenericVhostUserConfig;
 pub use memory::{MemoryConfigError, MemoryZoneConfig};
-pub use net::{NetConfig, NetError, VhostChoice};
+pub use net::{NetConfig, NetError, VhostChoice, VhostMode};
 pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
@@ -47,6 +52,7 @@ pub use pci_common::PciCommon;
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
+pub use vhost_user::VhostUserConfigError;
 pub use vsock::{VsockConfig, VsockConfigError};
 
 /// The whole machine.
@@ -84,6 +90,12 @@ pub struct VmConfig {
     /// The source of random numbers.
     #[serde(default)]
     pub rng: RngConfig,
+    /// Shared file systems.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Devices of any type that backends are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// The memory balloon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use devices::block::DiskError;
 use devices::emulated::EmulatedFunction;
 use devices::pvpanic::PvPanic;
+use devices::vhost_user::VhostUserError;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::discard::Discarder;
@@ -26,6 +27,7 @@ use crate::console::{ConsoleUnitError, make_console};
 use crate::disks::{DiskUnit, Groups, make_disk};
 use crate::nets::{NetUnitError, make_net};
 use crate::panic_events::PanicTeller;
+use crate::vhost_user;
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +50,14 @@ pub enum EmulatedError {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A device that a vhost-user backend is.
+    #[error("device {id}: {source}")]
+    VhostUser {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: VhostUserError,
+    },
     /// A virtio device that cannot be put on a bus.
     #[error("device {id}: {source}; this is a defect, please report it")]
     Virtio {
@@ -152,13 +162,25 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     }
     let groups = Rc::new(Groups::new(config, present));
     for disk in config.disks.iter().flatten() {
+        if disk.vhost_user {
+            plan.push(Box::new(|id| vhost_user::disk(id, disk)));
+            continue;
+        }
         let groups = Rc::clone(&groups);
         plan.push(Box::new(move |id| Ok(Model::Disk(Arc::new(make_disk(id, disk, &groups)?)))));
     }
     for net in config.net.iter().flatten() {
-        plan.push(Box::new(move |id| Ok(virtio(make_net(id, net)?))));
+        let make: Make<'a> = if net.vhost_user {
+            Box::new(|id| vhost_user::net(id, net))
+        } else {
+            Box::new(|id| Ok(virtio(make_net(id, net)?)))
+        };
+        plan.push(make);
     }
     plan.push(Box::new(|id| Ok(virtio(Rng::new(id, &config.rng.src)?))));
+    plan.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
+    let generic = config.generic_vhost_user.iter().flatten();
+    plan.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
     if let Some(vsock) = &config.vsock {
         plan.push(Box::new(|id| Ok(virtio(Vsock::new(id, vsock.cid, &vsock.socket)?))));
     }

@@ -44,6 +44,7 @@ mod status;
 mod table;
 mod top;
 mod vcpu;
+mod vhost_user;
 mod vm_error;
 
 use std::error::Error;

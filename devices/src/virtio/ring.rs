@@ -183,6 +183,14 @@ pub(super) fn load_u16(
     })
 }
 
+/// The index of a split ring's available or used ring at `address`.
+///
+/// # Errors
+/// It is not in memory.
+pub fn load_index(memory: &GuestMemoryMmap, address: u64) -> Result<u16, RingError> {
+    load_u16(memory, "ring index", address.wrapping_add(2), Ordering::Acquire)
+}
+
 /// Sets the 16 bits at `address`.
 pub(super) fn store_u16(
     memory: &GuestMemoryMmap,

@@ -10,7 +10,9 @@ use vfio_pm::PolicyChange;
 
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
-use crate::config::{Descriptors, DeviceConfig, DiskConfig, NetConfig, VmConfig, VsockConfig};
+use crate::config::{
+    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig,
+};
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
 
@@ -78,11 +80,11 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.power-reset", "The device could not be recovered", Endpoint::Body(power_reset)),
     ("vm.add-user-device", "The device could not be added to the VM", Endpoint::Absent("a vfio-user device")),
     ("vm.add-disk", "The disk could not be added to the VM", Endpoint::Body(add_disk)),
-    ("vm.add-fs", "The file system could not be added to the VM", Endpoint::Absent("virtio-fs")),
+    ("vm.add-fs", "The file system could not be added to the VM", Endpoint::Body(add_fs)),
     (
         "vm.add-generic-vhost-user",
         "The device could not be added to the VM",
-        Endpoint::Absent("generic vhost-user"),
+        Endpoint::Body(add_generic_vhost_user),
     ),
     ("vm.add-net", "The network device could not be added to the VM", Endpoint::BodyAndFiles(add_net)),
     ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
@@ -258,6 +260,16 @@ struct ResizeDiskBody {
 fn resize_disk(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
     let ResizeDiskBody { id, desired_size } = parse(body)?;
     place(api, Order::ResizeDisk { id, size: desired_size })
+}
+
+fn add_fs(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let fs = parse::<FsConfig>(body)?;
+    add_emulated(api, move |config| config.fs.get_or_insert_default().push(fs))
+}
+
+fn add_generic_vhost_user(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let device = parse::<GenericVhostUserConfig>(body)?;
+    add_emulated(api, move |config| config.generic_vhost_user.get_or_insert_default().push(device))
 }
 
 fn add_net(api: &Api, body: &[u8], files: Vec<OwnedFd>) -> Result<Answer, Failure> {

@@ -9,8 +9,7 @@ use thiserror::Error;
 use super::option_parser::{IntegerList, Key, OptionError, OptionValue, Options, Tuples};
 use super::pci_common::PciCommon;
 use super::rate_limit::RateLimiterConfig;
-use super::validate::refuse;
-use super::{ConfigError, VmConfig};
+use super::{ConfigError, VhostUserConfigError, VmConfig};
 
 use Key::Value;
 
@@ -253,11 +252,26 @@ impl DiskConfig {
         })
     }
 
+    /// Another process has the image, or this one.
+    fn validate_backend(&self) -> Result<(), VhostUserConfigError> {
+        match (&self.vhost_socket, &self.path) {
+            (None, _) if self.vhost_user => {
+                Err(VhostUserConfigError::NoSocket { option: "--disk vhost_user=on" })
+            }
+            (_, Some(path)) if self.vhost_user => {
+                Err(VhostUserConfigError::PathAndSocket { path: path.display().to_string() })
+            }
+            (Some(socket), _) if !self.vhost_user => {
+                Err(VhostUserConfigError::SocketAlone { socket: socket.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn validate(&self, vcpus: u32, groups: &[RateLimitGroupConfig]) -> Result<(), ConfigError> {
-        refuse(self.vhost_user, "--disk vhost_user=on")?;
-        refuse(self.vhost_socket.is_some(), "--disk socket")?;
+        self.validate_backend()?;
         let queues = self.num_queues;
-        let error = if self.path.is_none() {
+        let error = if self.path.is_none() && !self.vhost_user {
             DiskConfigError::NoPath
         } else if queues == 0 || u32::from(queues) > vcpus {
             DiskConfigError::Queues { queues, vcpus }

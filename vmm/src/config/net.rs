@@ -12,8 +12,7 @@ use super::descriptors::Descriptors;
 use super::option_parser::{IntegerList, Key, OptionError, OptionValue, Options};
 use super::pci_common::PciCommon;
 use super::rate_limit::RateLimiterConfig;
-use super::validate::refuse;
-use super::{ConfigError, VmConfig, is_default};
+use super::{ConfigError, VhostUserConfigError, VmConfig, is_default};
 
 /// Smallest packet that IPv6 works with, and so the smallest MTU (Cloud Hypervisor's rule).
 const MIN_MTU: u16 = 1280;
@@ -361,7 +360,9 @@ impl NetConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn validate(&self, vcpus: u32) -> Result<(), ConfigError> {
-        refuse(self.vhost_user, "--net vhost_user=on")?;
+        if self.vhost_user && self.vhost_socket.is_none() {
+            return Err(VhostUserConfigError::NoSocket { option: "--net vhost_user=on" }.into());
+        }
         Ok(self.check(vcpus)?)
     }
 

@@ -65,6 +65,9 @@ impl VmConfig {
         devices.extend(self.disks.iter_mut().flatten().map(|disk| (Numbered("_disk"), &mut disk.pci)));
         devices.extend(self.net.iter_mut().flatten().map(|net| (Numbered("_net"), &mut net.pci)));
         devices.push((Only("__rng"), &mut self.rng.pci));
+        devices.extend(self.fs.iter_mut().flatten().map(|fs| (Numbered("_fs"), &mut fs.pci)));
+        let generic = self.generic_vhost_user.iter_mut().flatten();
+        devices.extend(generic.map(|device| (Numbered("_generic_vhost_user"), &mut device.pci)));
         devices.extend(self.vsock.iter_mut().map(|vsock| (Numbered("_vsock"), &mut vsock.pci)));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
@@ -91,6 +94,8 @@ impl VmConfig {
             _ => {
                 remove(&mut self.disks, id, |disk| &disk.pci)
                     || remove(&mut self.net, id, |net| &net.pci)
+                    || remove(&mut self.fs, id, |fs| &fs.pci)
+                    || remove(&mut self.generic_vhost_user, id, |device| &device.pci)
                     || self.vsock.take_if(|vsock| vsock.pci.id.as_deref() == Some(id)).is_some()
             }
         }

@@ -11,7 +11,9 @@ use pci::Bdf;
 use thiserror::Error;
 use vfio_pm::{Policy, PolicyChange, PolicyError};
 
-use super::{CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig, VmConfig};
+use super::{
+    CpusError, DeviceConfig, MemoryConfigError, NumaError, PlatformConfig, VhostUserConfigError, VmConfig,
+};
 
 /// Where it is written what Dormouse has of Cloud Hypervisor.
 const COMPATIBILITY: &str = "docs/compatibility.md";
@@ -159,6 +161,9 @@ pub enum ConfigError {
         /// The number.
         bar: u64,
     },
+    /// A device that a vhost-user backend is.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserConfigError),
     /// No balloon to resize.
     #[error("the VM has no balloon that could be resized; start it with --balloon size=0")]
     NoBalloon,
@@ -197,6 +202,7 @@ impl VmConfig {
         self.debug_console.validate()?;
         self.absent.validate()?;
         self.validate_balloon()?;
+        self.validate_vhost_user()?;
         if let Some(platform) = &self.platform {
             platform.validate()?;
         }

@@ -56,7 +56,9 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         ("path=/d,queue_affinity=[1@[0]]", "no queue 1"),
         ("path=/d,rate_limit_group=h", "--rate-limit-group id=h"),
         ("path=/d,rate_limit_group=g,bw_size=1,bw_refill_time=1", "do not go together"),
-        ("path=/d,vhost_user=on", "--disk vhost_user=on is not in Dormouse yet"),
+        ("vhost_user=on", "write socket=PATH"),
+        ("path=/d,vhost_user=on,socket=/s", "do not go together"),
+        ("path=/d,socket=/s", "vhost_user=on only"),
     ] {
         let error = error(text);
         assert!(error.contains(expected), "{text}: {error}");

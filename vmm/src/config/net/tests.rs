@@ -85,7 +85,7 @@ fn what_cannot_be_is_refused_with_its_name_and_a_remedy() {
         ("ip=10.0.0.1,mask=ffff::", ["mask=ffff::", "both as IPv4"]),
         ("mask=255.0.0.0", ["mask=255.0.0.0", "(none)"]),
         ("vhost=on,bw_size=1000,bw_refill_time=10", ["vhost=on", "bw_size"]),
-        ("vhost_user=on,socket=/s", ["vhost_user", "not in Dormouse yet"]),
+        ("vhost_user=on", ["vhost_user=on", "write socket=PATH"]),
     ] {
         let message = error(text);
         assert!(parts.iter().all(|part| message.contains(part)), "{text}: {message}");
