@@ -233,7 +233,7 @@ fn rate_limit(case: &Case<'_>) -> Result<()> {
     let woken = {
         guest.sh("ip link set eth0 down")?;
         // What waits for the limit is to be over.
-        host.sh("ip link set tap0 down; sleep 20")?;
+        host.run_for("ip link set tap0 down; sleep 20", TRANSFER)?;
         wake_ups(host, 3)?
     };
     ensure(woken == 0, || format!("a limit that holds nothing back woke the VMM {woken} times"))?;
