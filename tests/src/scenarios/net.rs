@@ -221,7 +221,7 @@ fn rate_limit(case: &Case<'_>) -> Result<()> {
             .ok_or_else(|| Error::Check(end.clone()))
     };
     let limited = timed(host)?;
-    ensure((3.5..20.0).contains(&limited), || format!("4 MB at 1 MB/s took {limited} s"))?;
+    ensure((3.5..60.0).contains(&limited), || format!("4 MB at 1 MB/s took {limited} s"))?;
     guest.power_off()?;
     // Two packets a second: of forty, few get an answer while ping waits for it.
     let guest = start(case, &spec(case, &tap(",ops_size=2,ops_refill_time=1000")))?;
@@ -248,7 +248,10 @@ fn tap_removed(case: &Case<'_>) -> Result<()> {
         set_up(&guest)?;
         guest.wait_file("/sys/class/net/eth0/carrier", "1", WAKE)?;
         host.sh("ip link del tap0")?;
-        guest.wait_file("/sys/class/net/eth0/carrier", "0", WAKE)?;
+        // The kernel does not tell the VMM of it where it moves the packets itself.
+        if keys.is_empty() {
+            guest.wait_file("/sys/class/net/eth0/carrier", "0", WAKE)?;
+        }
         // What is sent goes nowhere, and nobody turns round and round for it.
         let ping = guest.run(&format!("ping -c 2 -W 1 {HOST}"))?;
         ensure(ping.status != 0, || "somebody answers".to_owned())?;
