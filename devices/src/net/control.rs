@@ -3,12 +3,11 @@
 use std::io::{Read, Write};
 use std::sync::Arc;
 
-use log::{debug, warn};
+use log::debug;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Features, offloads_of, thread_name};
@@ -22,8 +21,6 @@ use crate::virtio::worker::{Event, Handler, Watch, Worker};
 
 /// The longest command that is known: class, command, 64 bits.
 const COMMAND_MAX: usize = 10;
-/// Token of the tap.
-const TAP: u32 = 0;
 
 /// What moves the packets, as far as its pairs are to be switched on and off.
 pub trait Mover: Send {
@@ -74,8 +71,6 @@ pub struct Control {
     pub shared: Arc<Shared>,
     /// What moves packets.
     pub mover: Box<dyn Mover>,
-    /// Whether it looks after the tap too, because nobody else does.
-    pub watches_tap: bool,
 }
 
 impl Control {
@@ -163,27 +158,7 @@ impl Handler for Control {
         self.queue.iter().map(|queue| (queue.index(), Arc::clone(queue.kick()))).collect()
     }
 
-    fn start(&mut self, watch: &Watch) -> Result<(), DeviceError> {
-        let Some(file) = self.tap.files().first().filter(|_| self.watches_tap && self.shared.has_link())
-        else {
-            return Ok(());
-        };
-        // Errors are reported whatever is asked for.
-        watch.add(&**file, EventSet::empty(), TAP).map_err(DeviceError::host("watching the tap"))
-    }
-
-    fn event(&mut self, event: Event, watch: &Watch) -> Result<(), DeviceError> {
-        let Event::Ready(..) = event else { return self.serve() };
-        if let Some(file) = self.tap.files().first() {
-            watch.remove(&**file).map_err(DeviceError::host("watching the tap"))?;
-        }
-        if self.shared.cut_link() {
-            warn!(
-                "{}: the tap has gone: the guest's link is down; remove the device and add it again",
-                self.device
-            );
-            self.interrupt.config();
-        }
-        Ok(())
+    fn event(&mut self, _event: Event, _watch: &Watch) -> Result<(), DeviceError> {
+        self.serve()
     }
 }

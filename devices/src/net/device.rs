@@ -261,6 +261,9 @@ impl VirtioDevice for Net {
         let features = Features(activation.features);
         if let Err(e) = self.prepare_tap(features) {
             // It has gone, as it may at any time later.
+            if e.raw_os_error() == Some(libc::EBADFD) {
+                self.shared.cut_link();
+            }
             debug!("{}: the tap {}: {e}", self.spec.name, self.tap.name());
         }
         let control_queue = activation.take_queue(self.control_index(features)).ok();
@@ -289,7 +292,6 @@ impl VirtioDevice for Net {
                 tap: Arc::clone(&self.tap),
                 doorbells: queues.iter().map(|(_, receive, _)| Arc::clone(receive.kick())).collect(),
             }),
-            watches_tap: self.vhost.is_some(),
         };
         if let Some(vhost) = &self.vhost {
             return vhost.activate(queues, control);

@@ -62,7 +62,6 @@ impl Bench {
             tap,
             shared: Arc::clone(&shared),
             mover: Box::new(mover),
-            watches_tap: false,
         };
         let watch = Watch::new().unwrap();
         Self { pair: QueuePair::new(spec, &shared).unwrap(), control, watch }

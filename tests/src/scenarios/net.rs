@@ -221,17 +221,19 @@ fn rate_limit(case: &Case<'_>) -> Result<()> {
             .ok_or_else(|| Error::Check(end.clone()))
     };
     let limited = timed(host)?;
-    ensure((3.5..20.0).contains(&limited), || format!("4 MB at 1 MB/s took {limited} s"))?;
+    ensure((3.5..60.0).contains(&limited), || format!("4 MB at 1 MB/s took {limited} s"))?;
     guest.power_off()?;
-    let guest = start(case, &spec(case, &tap(",ops_size=20,ops_refill_time=1000")))?;
+    // Two packets a second: of forty, few get an answer while ping waits for it.
+    let guest = start(case, &spec(case, &tap(",ops_size=2,ops_refill_time=1000")))?;
     set_up(&guest)?;
     let answered =
-        host.sh(&format!("ping -c 60 -i 0.01 -W 1 {GUEST} | grep -o '[0-9]* packets received'; true"))?;
+        host.sh(&format!("ping -c 40 -i 0.05 -W 1 {GUEST} | grep -o '[0-9]* packets received'; true"))?;
     let count: u32 = answered.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-    ensure((5..60).contains(&count), || format!("at 20 packets a second: {answered}"))?;
+    ensure((1..30).contains(&count), || format!("at 2 packets a second: {answered}"))?;
     let woken = {
         guest.sh("ip link set eth0 down")?;
-        host.sh("ip link set tap0 down; sleep 3")?;
+        // What waits for the limit is to be over.
+        host.run_for("ip link set tap0 down; sleep 20", TRANSFER)?;
         wake_ups(host, 3)?
     };
     ensure(woken == 0, || format!("a limit that holds nothing back woke the VMM {woken} times"))?;
@@ -246,7 +248,10 @@ fn tap_removed(case: &Case<'_>) -> Result<()> {
         set_up(&guest)?;
         guest.wait_file("/sys/class/net/eth0/carrier", "1", WAKE)?;
         host.sh("ip link del tap0")?;
-        guest.wait_file("/sys/class/net/eth0/carrier", "0", WAKE)?;
+        // The kernel does not tell the VMM of it where it moves the packets itself.
+        if keys.is_empty() {
+            guest.wait_file("/sys/class/net/eth0/carrier", "0", WAKE)?;
+        }
         // What is sent goes nowhere, and nobody turns round and round for it.
         let ping = guest.run(&format!("ping -c 2 -W 1 {HOST}"))?;
         ensure(ping.status != 0, || "somebody answers".to_owned())?;
