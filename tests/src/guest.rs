@@ -168,7 +168,7 @@ impl VmSpec {
         let devices: String = self.devices.iter().map(|device| format!(" --device {device}")).collect();
         format!(
             "dormouse --kernel {} --initramfs {initramfs} --cmdline '{}' \
-             --cpus boot={}{} --memory size={} --serial tty --console off{devices}{}",
+             --cpus boot={}{} --memory size={} --serial tty{devices}{}",
             guest_path(self.kernel, image),
             self.kernel_words(),
             self.cpus,

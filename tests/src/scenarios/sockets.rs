@@ -17,8 +17,8 @@ const SOCKET: &str = "/run/vm.vsock";
 const API: &str = "/run/sockets.sock";
 /// How long a transfer may take.
 const TRANSFER: Duration = Duration::from_secs(90);
-/// Bytes of a large one.
-const LARGE: &str = "6M";
+/// Bytes of a large one: 6 MiB.
+const LARGE: &str = "6291456";
 
 pub fn table() -> Vec<Scenario> {
     let host = || HostSpec::new(&[]);
@@ -198,7 +198,9 @@ fn hotplug(case: &Case<'_>) -> Result<()> {
         ensure(second.status == 1 && second.text.contains("Too many virtio-vsock devices"), || {
             second.text.clone()
         })?;
-        let id = reply.split('"').nth(3).ok_or_else(|| Error::Check(reply.clone()))?.to_owned();
+        let json: serde_json::Value =
+            serde_json::from_str(&reply).map_err(|e| Error::Check(format!("{reply}: {e}")))?;
+        let id = json["id"].as_str().ok_or_else(|| Error::Check(reply.clone()))?.to_owned();
         wait_for("the guest has its driver", IDLE, || {
             let text = guest
                 .probe("grep -l virtio /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*/uevent")?;

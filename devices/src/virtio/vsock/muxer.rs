@@ -315,10 +315,10 @@ impl Muxer {
         let connection = Connection::asking(self.cid, key, greeting.stream);
         self.slots.insert(token, Slot::Connection(Box::new(connection)));
         self.by_key.insert(key, token);
-        self.deadlines.push_back((Instant::now() + PATIENCE, token));
-        if self.deadlines.len() == 1 {
-            self.arm(PATIENCE);
+        if self.first_deadline().is_none() {
+            self.set_timer(PATIENCE);
         }
+        self.deadlines.push_back((Instant::now() + PATIENCE, token));
         self.queue(token);
     }
 
@@ -373,10 +373,10 @@ impl Muxer {
             Fate::On => {
                 if let Some(Slot::Connection(connection)) = self.slots.get(&token)
                     && connection.lingers()
+                    && self.by_key.get(&connection.key) == Some(&token)
                 {
-                    // The guest may use its port again.
-                    let key = connection.key;
-                    self.by_key.remove(&key);
+                    // The guest may use its port again, and may have done so the next time.
+                    self.by_key.remove(&connection.key);
                 }
                 self.queue(token);
             }
@@ -389,6 +389,21 @@ impl Muxer {
             }
             Fate::Over => self.forget(token, watch),
         }
+        if !self.deadlines.is_empty() && self.first_deadline().is_none() {
+            self.set_timer(Duration::ZERO);
+        }
+    }
+
+    /// When the client that has waited longest for the guest has waited long enough. Those that wait no more are forgotten.
+    fn first_deadline(&mut self) -> Option<(Instant, u32)> {
+        while let Some((deadline, token)) = self.deadlines.front().copied() {
+            let asks = |slot: &Slot| matches!(slot, Slot::Connection(connection) if connection.is_asking());
+            if self.slots.get(&token).is_some_and(asks) {
+                return Some((deadline, token));
+            }
+            self.deadlines.pop_front();
+        }
+        None
     }
 
     /// Closes a client or connection. Closing takes its socket off the watch list: there is no second descriptor of it.
@@ -407,10 +422,9 @@ impl Muxer {
         }
     }
 
-    fn arm(&self, time: Duration) {
+    /// Has the timer wake the thread once after this time; never, if that is none.
+    fn set_timer(&self, time: Duration) {
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // A timer of no time would be none.
-        let time = time.max(Duration::from_millis(1));
         let value = Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
@@ -427,18 +441,13 @@ impl Muxer {
         // An error means that it was armed again meanwhile.
         let _ = rustix::io::read(&self.timer, &mut expirations);
         let now = Instant::now();
-        while let Some((deadline, token)) = self.deadlines.front().copied() {
-            let asks = |slot: &Slot| matches!(slot, Slot::Connection(connection) if connection.is_asking());
-            let is_asking = self.slots.get(&token).is_some_and(asks);
-            if is_asking && deadline > now {
-                self.arm(deadline.saturating_duration_since(now));
+        while let Some((deadline, token)) = self.first_deadline() {
+            if deadline > now {
+                self.set_timer(deadline.saturating_duration_since(now));
                 return;
             }
-            self.deadlines.pop_front();
-            if is_asking {
-                debug!("vsock: the guest does not answer a client");
-                self.decide(token, Fate::Reset, watch);
-            }
+            debug!("vsock: the guest does not answer a client");
+            self.decide(token, Fate::Reset, watch);
         }
     }
 }

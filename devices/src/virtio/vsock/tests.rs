@@ -328,10 +328,14 @@ fn a_host_that_does_not_read_holds_up_the_guest_and_gets_all_of_it_in_the_end() 
     guest.send(end, &[]);
     guest.send(guest.header(op::RST, 5, 7), &[]);
     // Its port can be used again although the host has not got everything yet.
-    drop(guest.connect(&server, 5, 7));
+    let mut again = guest.connect(&server, 5, 7);
     let mut all = Vec::new();
     stream.read_to_end(&mut all).unwrap();
     assert_eq!(all.len(), usize::try_from(sent).unwrap());
+    guest.send(guest.header(op::RW, 5, 7), b"new");
+    let mut bytes = [0; 3];
+    again.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"new");
     guest.lives();
 }
 
