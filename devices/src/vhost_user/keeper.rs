@@ -375,7 +375,11 @@ impl Keeper {
             let memory = duty.memory.memory();
             link.begin(duty.features, &memory)?;
             link.start(&duty.queues(), duty.features, &memory)?;
-            link.enable(&duty.in_use(0, duty.enabled), true)
+            let queues = duty.in_use(0, duty.enabled);
+            link.enable(&queues, true)?;
+            // Some backends hear a doorbell before the ring is enabled, do nothing, and have then heard it.
+            queues.iter().for_each(|queue| queue.ring_own_doorbell());
+            Ok(())
         });
         self.going = self.link.is_some();
     }
@@ -411,6 +415,7 @@ impl Keeper {
             self.with_link("enabling its queues", |link, duty| {
                 let Some(duty) = duty else { return Ok(()) };
                 link.enable(&duty.in_use(before, count), true)?;
+                duty.in_use(before, count).iter().for_each(|queue| queue.ring_own_doorbell());
                 link.enable(&duty.in_use(count, before), false)
             });
         }

@@ -226,8 +226,14 @@ impl Link {
         Ok(())
     }
 
-    /// Has the device forget the driver.
+    /// Has the device forget the driver, and the memory that it was shown: after a reboot other memory is at the same addresses, of the guest and
+    /// of this process.
     pub(super) fn reset(&mut self) -> Result<(), VhostUserError> {
+        for region in std::mem::take(&mut self.regions) {
+            if self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+                self.frontend.remove_mem_region(&region).map_err(VhostUserError::request("REM_MEM_REG"))?;
+            }
+        }
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             self.frontend.reset_device().map_err(VhostUserError::request("RESET_DEVICE"))?;
         }

@@ -25,6 +25,8 @@ use crate::virtio::device::{
 use crate::virtio::ring::{RingFeatures, RingPosition};
 use crate::virtio::testing::{DriverQueue, Interrupts, activation, memory};
 
+mod peers;
+
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const SPLIT: RingFeatures = RingFeatures { packed: false, event_idx: false, indirect: true };
 const LONG: Duration = Duration::from_secs(10);
