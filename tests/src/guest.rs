@@ -208,6 +208,11 @@ impl<'h> Guest<'h> {
         self.host.guest.wait_ready(mark, BOOT).map_err(|error| self.explain(error))
     }
 
+    /// Number of console lines before it was started.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
     /// Number of console lines so far.
     pub fn mark(&self) -> usize {
         self.host.guest.wire().mark()
@@ -263,7 +268,12 @@ impl<'h> Guest<'h> {
 
     /// Waits for the VMM to end; its exit status (128 + signal when killed).
     pub fn wait_exit(&self) -> Result<i32> {
-        let status = wait_for("the VMM ends", STOP, || {
+        self.wait_exit_for(STOP)
+    }
+
+    /// As [`Guest::wait_exit`], with its own limit of time.
+    pub fn wait_exit_for(&self, limit: Duration) -> Result<i32> {
+        let status = wait_for("the VMM ends", limit, || {
             let output = self.host.probe("cat /run/vmm.status 2>/dev/null")?;
             Ok(output.text.trim().parse().map_err(|_| "still running".to_owned()))
         })?;

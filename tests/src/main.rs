@@ -12,6 +12,7 @@ mod checks;
 mod cli;
 mod command;
 mod cpio;
+mod debian;
 mod demo;
 mod error;
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod boot;
 mod clients;
 mod debian;
 mod disk;
+mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Scenario> {
         boot::table(),
         clients::table(),
         debian::table(),
+        disk_faults::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),

@@ -17,7 +17,13 @@ mkdir -p /debian /images
 mount -t ext4 -o ro "$(disk root)" /debian
 mount -t ext4 "$(disk images)" /images
 for dir in dev proc sys run tmp images; do mount --bind /$dir /debian/$dir; done
-printf '#!/bin/sh\nPATH=/usr/sbin:/usr/bin:/usr/libexec exec chroot /debian "$@"\n' >/bin/debian
+# As switch_root does it, but in a mount namespace of the program's own: to a process that was merely put in another root the
+# kernel refuses user namespaces, which passt wants. By env, since busybox would run a program of its own of that name.
+cat >/bin/debian <<'END'
+#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/usr/libexec:/bin
+exec unshare -m sh -c 'cd /debian && mount --move . / && exec chroot . /usr/bin/env "$@"' debian "$@"
+END
 chmod +x /bin/debian
 for program in dmsetup fio iperf3 passt qemu-img qemu-io qemu-nbd qemu-storage-daemon socat virtiofsd; do
   rm -f /bin/$program

@@ -11,13 +11,11 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::command::capture;
+use crate::debian::KERNEL;
 use crate::error::{Result, file_error};
 use crate::image::AGENT;
 use crate::kernel::{self, KernelFiles};
-use crate::spec::Kernel;
 
-/// The kernel whose modules the system has.
-pub const KERNEL: Kernel = Kernel::Generic6_12;
 /// Drivers of what the VMM emulates and of what is assigned, file systems, and `autofs4`, which systemd asks for.
 const MODULES: [&str; 31] = [
     "virtio_blk",

@@ -12,10 +12,13 @@
 //! - `guest_tool cycle BDF COUNT MS`: lets a function without a driver suspend, leaves it so for MS milliseconds, wakes
 //!   it, COUNT times; each time it must be in D3cold, then in D0 with the identity it had.
 //! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
+//! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
+//!   [`records`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
+mod records;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -45,9 +48,11 @@ fn main() -> ExitCode {
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
         ["drm"] => drm::draw(),
-        _ => {
-            Err(io::Error::other("usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|drm ..."))
-        }
+        ["records", "write", disk] => records::write(disk),
+        ["records", "check", image, flushed] => records::check(image, flushed),
+        _ => Err(io::Error::other(
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|records|drm ...",
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
