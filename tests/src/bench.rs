@@ -4,6 +4,7 @@
 //! native `/dev/kvm`; overhead and power on the ordinary emulated host, power against bare VFIO calls in the same run.
 
 mod api;
+mod login;
 mod power;
 mod start;
 mod wake;
@@ -50,7 +51,7 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("size", size),
     ("start", start::measure),
     ("api", api::measure),
@@ -58,6 +59,7 @@ const PARTS: [Part; 7] = [
     ("power", power::measure),
     ("wake", wake::measure),
     ("boot", boot),
+    ("login", login::measure),
 ];
 
 /// Measures what is called `name`, or all of it; false when a target is missed.

@@ -56,7 +56,7 @@ pub struct Fuzz {
 /// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Only these figures: `size`, `start`, `api`, `overhead`, `power`, `wake` or `boot`.
+    /// Only these figures: `size`, `start`, `api`, `overhead`, `power`, `wake`, `boot` or `login`.
     pub name: Option<String>,
     /// Which VMM.
     #[command(flatten)]
@@ -72,7 +72,7 @@ pub struct Test {
     /// Emulated hosts at a time.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub jobs: usize,
-    /// Length of the scenario with a hostile guest, in minutes.
+    /// Length of the scenarios with a hostile guest, and with Debian at work, in minutes.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1440))]
     pub minutes: u32,
     /// Run tests whose name is exactly as given.

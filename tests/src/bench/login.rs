@@ -1,0 +1,35 @@
+//! Boot of a whole Debian from its disk to the login prompt, on the host whose time is counted instructions.
+
+use std::time::Duration;
+
+use super::Figure;
+use crate::artifacts::Artifacts;
+use crate::debian::{self, RAW};
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::spec::HostSpec;
+
+/// A host that counts its instructions is several times slower than one that does not.
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// Exec of the VMM to the login prompt on the console, in virtual seconds. Once: the second boot would find a file system that
+/// was not unmounted, and the first is the same each time.
+pub fn measure(artifacts: &Artifacts) -> Result<Vec<Figure>> {
+    let mut spec = HostSpec::new(&[]).memory_mib(2048).debian();
+    spec.deterministic = true;
+    let host = Host::boot(&spec, artifacts, &[debian::KERNEL])?;
+    let vm = debian::vm(RAW);
+    // The host itself sees the prompt: whoever looks from outside does so in another time.
+    let timed = format!(
+        "read start rest </proc/uptime; {} </dev/null 2>/dev/null | while read -r line; do case $line in \
+         *Debian*ttyS0*) read end rest </proc/uptime; echo $start $end; kill -KILL $(pidof dormouse); break ;; esac; done",
+        vm.command()
+    );
+    let output = host.run_for(&timed, LIMIT)?;
+    let times: Vec<f64> = output.text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let &[start, end] = times.as_slice() else {
+        return Err(Error::Check(format!("Debian did not come to its login prompt: {}", output.text)));
+    };
+    let name = "boot of Debian from a raw disk to its login prompt";
+    Ok(vec![Figure { name, value: end - start, unit: "s", target: None, note: String::new() }])
+}
