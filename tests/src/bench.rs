@@ -4,6 +4,7 @@
 //! native `/dev/kvm`; overhead and power on the ordinary emulated host, power against bare VFIO calls in the same run.
 
 mod api;
+mod disk;
 mod login;
 mod power;
 mod start;
@@ -51,7 +52,7 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 8] = [
+const PARTS: [Part; 9] = [
     ("size", size),
     ("start", start::measure),
     ("api", api::measure),
@@ -60,6 +61,7 @@ const PARTS: [Part; 8] = [
     ("wake", wake::measure),
     ("boot", boot),
     ("login", login::measure),
+    ("disk", disk::measure),
 ];
 
 /// Measures what is called `name`, or all of it; false when a target is missed.

@@ -20,7 +20,7 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 4] = ["bar_moves", "msix_table", "notify_registers", "pm_config_shadow"];
+const TARGETS: [&str; 5] = ["bar_moves", "msix_table", "notify_registers", "pm_config_shadow", "virtio_blk"];
 /// What a test's name begins with.
 const PREFIX: &str = "fuzz: ";
 /// Seconds for each target in `cargo testbed test`.

@@ -1,4 +1,5 @@
 //! Images of both forms against a model, and against `qemu-img`.
+#![allow(clippy::cast_possible_truncation)] // Patterns of bytes.
 
 use std::fs;
 use std::io::ErrorKind;

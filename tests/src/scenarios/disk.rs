@@ -122,7 +122,7 @@ fn raw_disk(case: &Case<'_>) -> Result<()> {
     );
     let guest = host.start_vm(&spec(case, &disks).cpus(2))?;
     let seen = guest.sh(
-        "cat /sys/block/vda/serial /sys/block/vda/size /sys/block/vdb/ro; ls /sys/block/vda/mq | wc -l",
+        "cat /sys/block/vda/serial; echo; cat /sys/block/vda/size /sys/block/vdb/ro; ls /sys/block/vda/mq | wc -l",
     )?;
     ensure(seen.split_whitespace().eq(["first-disk", "65536", "1", "2"]), || {
         format!("the guest sees {seen}")

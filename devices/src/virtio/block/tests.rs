@@ -1,4 +1,5 @@
 //! The device behind rings of every form, over images of every kind.
+#![allow(clippy::cast_possible_truncation)] // Patterns of bytes.
 
 use std::fs::{self, File};
 use std::path::PathBuf;

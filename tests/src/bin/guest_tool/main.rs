@@ -14,10 +14,12 @@
 //! - `guest_tool abuse SECONDS SEED BDF...`: random accesses to everything within reach; see [`abuse`].
 //! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
 //!   [`records`].
+//! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
+mod disk;
 mod records;
 
 use std::fs::{self, File, OpenOptions};
@@ -47,11 +49,12 @@ fn main() -> ExitCode {
         ["pmcsr", bdf, state] => pmcsr(bdf, Some(state)),
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
+        ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
         ["records", "write", disk] => records::write(disk),
         ["records", "check", image, flushed] => records::check(image, flushed),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|records|drm ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|disk|records|drm ...",
         )),
     };
     match result {
