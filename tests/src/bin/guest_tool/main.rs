@@ -15,12 +15,15 @@
 //! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
 //!   [`records`].
 //! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
+//! - `guest_tool break-rings BDF QUEUE`: a virtio driver that does all that it must not; see [`virtio`].
+//! - `guest_tool watchdog BDF COUNT`: gives the virtio watchdog COUNT signs of life, one a second, and then none.
 //! - `guest_tool drm`: fills a buffer of `/dev/dri/card0` and waits for the GPU's interrupt.
 #![allow(unsafe_code)] // mmap and ioctl have no safe form in the standard library.
 
 mod abuse;
 mod disk;
 mod records;
+mod virtio;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -53,8 +56,10 @@ fn main() -> ExitCode {
         ["drm"] => drm::draw(),
         ["records", "write", disk] => records::write(disk),
         ["records", "check", image, flushed] => records::check(image, flushed),
+        ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue),
+        ["watchdog", bdf, count] => virtio::watchdog(bdf, count),
         _ => Err(io::Error::other(
-            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|disk|records|drm ...",
+            "usage: guest_tool bars|hammer|config|cam|pmcsr|kexec|cycle|abuse|disk|records|break-rings|watchdog|drm ...",
         )),
     };
     match result {
