@@ -43,7 +43,7 @@ impl<'h> Network<'h> {
     /// The address that the DHCP server has given the guest, once the guest has it on an interface and reaches the host.
     pub fn address(&self, guest: &Guest<'_>) -> Result<String> {
         let address = wait_for("the guest gets an address by DHCP", LEASE, || {
-            let text = guest.probe("ip -4 -o addr show scope global dynamic")?.text;
+            let text = guest.probe("ip -color=never -4 -o addr show scope global dynamic")?.text;
             let words = text.split_whitespace().map(|word| word.split('/').next().unwrap_or(word));
             let found = words.map(str::to_owned).find(|word| word.starts_with(PREFIX));
             Ok(found.ok_or(text))

@@ -147,7 +147,7 @@ fn broken(host: &Host, guest: &Guest<'_>) -> Result<()> {
 /// The guest is told of the error; it has not waited for the disk until its patience ended.
 fn fails(guest: &Guest<'_>, command: &str) -> Result<()> {
     let output = guest.run(&format!("timeout 20 {command}"))?;
-    let told = output.text.contains("I/O error") || output.text.contains("No space");
+    let told = output.text.contains("Input/output error") || output.text.contains("No space");
     ensure(output.status == 1 && told, || {
         format!(
             "the guest's `{command}` ended with {} instead of an I/O error: {}",
