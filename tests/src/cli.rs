@@ -75,6 +75,9 @@ pub struct Test {
     /// Length of the scenarios with a hostile guest, and with Debian at work, in minutes.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1440))]
     pub minutes: u32,
+    /// Leave out the scenarios that take longest, or repeat others with another kernel: for CI. They count as skipped.
+    #[arg(long)]
+    pub short: bool,
     /// Run tests whose name is exactly as given.
     #[arg(long)]
     pub exact: bool,

@@ -100,7 +100,10 @@ fn test(options: Test) -> Result<bool> {
         .into_iter()
         .filter(|scenario| wanted(&scenario.name) || filter == "scenario")
         .collect();
-    let mut tally = Tally::default();
+    let (left_out, chosen): (Vec<_>, Vec<_>) =
+        chosen.into_iter().partition(|scenario| options.short && scenario.long);
+    let mut tally = Tally { skipped: left_out.len(), ..Tally::default() };
+    left_out.iter().for_each(|scenario| println!("SKIP {}: left out by --short", scenario.name));
     let fuzzed: Vec<_> = fuzz::names().filter(|name| wanted(name)).collect();
     let checks_chosen = checks::names().chain(promtool::names()).filter(|name| wanted(name)).count();
     if chosen.is_empty() && fuzzed.is_empty() && checks_chosen == 0 {

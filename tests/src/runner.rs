@@ -29,6 +29,8 @@ pub struct Scenario {
     pub guest: Kernel,
     /// What it does; the verdict is its result.
     pub run: fn(&Case<'_>) -> Result<()>,
+    /// Whether `--short` leaves it out.
+    pub long: bool,
 }
 
 impl fmt::Debug for Scenario {
@@ -235,6 +237,7 @@ mod tests {
             host: HostSpec::new(&[]).cpus(cpus),
             guest: Kernel::Cloud6_12,
             run: |_| Ok(()),
+            long: false,
         }
     }
 

@@ -45,6 +45,38 @@ const IGB: usize = 2;
 /// Slot of the NVMe drive on the standard host.
 const NVME: usize = 3;
 
+/// What `--short` leaves out besides repetitions with old kernels: what takes long, and what others are close to.
+const LONG: &[&str] = &[
+    "thousand_power_cycles_from_two_vcpus_leak_nothing",
+    "device_that_gets_its_power_late_comes_back_by_its_reset",
+    "device_whose_slot_button_is_pressed_works_until_the_vm_ends",
+    "a_balloon_gives_memory_back_unless_a_device_has_it_pinned",
+    "a_guest_that_falls_silent_is_reset_by_the_watchdog",
+    "a_guest_that_writes_at_random_to_the_processors_registers_harms_nobody",
+    "a_windows_guest_would_find_hyper_v_and_a_linux_guest_kvm",
+    "vhost_user_devices_come_and_go_while_the_guest_runs",
+    "a_vhost_user_disk_keeps_what_is_written_and_its_death_is_an_error",
+    "debian_on_a_qcow2_disk_keeps_its_files_when_the_vmm_is_killed",
+    "what_the_guest_writes_to_a_shared_zone_is_in_its_file",
+    "a_zone_grows_in_its_own_node",
+    "the_console_leads_to_a_file_a_socket_or_nowhere",
+    "a_tap_with_several_queues_and_a_large_mtu_outlives_a_reboot_of_the_guest",
+    "the_hosts_kernel_moves_the_packets_where_it_may",
+    "a_tap_that_is_removed_cuts_the_guests_link_and_no_more",
+    "a_rate_limit_of_a_network_device_holds",
+    "a_network_behind_a_vhost_user_backend_carries_files",
+    "a_full_host_file_system_is_an_io_error_in_the_guest",
+    "a_rate_limit_and_a_group_slow_disks_down",
+    "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
+    "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
+];
+
+/// Whether `--short` leaves a scenario out.
+fn is_long(name: &str) -> bool {
+    let repeats = name.contains("_with_linux_6_1_") && !name.starts_with("idle_e1000e");
+    repeats || LONG.contains(&name)
+}
+
 /// All scenarios, in the order they are listed and, on a host of one kind, run.
 pub fn all() -> Vec<Scenario> {
     [
@@ -79,6 +111,9 @@ pub fn all() -> Vec<Scenario> {
         vhost_user::table(),
     ]
     .concat()
+    .into_iter()
+    .map(|scenario| Scenario { long: is_long(&scenario.name), ..scenario })
+    .collect()
 }
 
 /// The host most scenarios share: one of each device, each in a slot of its own.
@@ -109,7 +144,7 @@ fn scenario(name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
 
 /// A scenario on a host of its own kind.
 fn on(host: HostSpec, name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario {
-    Scenario { name: name.to_owned(), host, guest: Kernel::Generic6_12, run }
+    Scenario { name: name.to_owned(), host, guest: Kernel::Generic6_12, run, long: false }
 }
 
 /// The scenario, once more with the 6.1 kernel in the guest, and once more with it in the host.
@@ -121,4 +156,17 @@ fn with_old_kernels(scenario: Scenario) -> Vec<Scenario> {
     host.name.push_str("_with_linux_6_1_in_the_host");
     host.host = host.host.kernel(Kernel::Cloud6_1);
     vec![scenario, guest, host]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_when_it_must_be_short_is_there_to_be_left_out() {
+        let all = all();
+        for name in LONG {
+            assert!(all.iter().any(|scenario| scenario.name == *name && scenario.long), "{name}");
+        }
+    }
 }

@@ -140,7 +140,9 @@ struct Run {
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     rate_limit_group: Vec<String>,
     /// Network device: tap=NAME or fd=[N,..],mac=,ip=,mask=,host_mac=,mtu=,num_queues=2,queue_size=256,offload_tso=on,
-    /// offload_ufo=on,offload_csum=on,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,vhost=off|on|auto,id=
+    /// offload_ufo=on,offload_csum=on,bw_size=,bw_refill_time=MS,ops_size=,ops_refill_time=MS,vhost=off|on|auto,id=.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     net: Vec<String>,
     /// Source of the guest's random numbers: src=/dev/urandom
     #[arg(long, value_name = "KEYS")]

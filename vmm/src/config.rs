@@ -80,6 +80,7 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
     /// Network devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
     /// Assigned devices.
     #[serde(skip_serializing_if = "Option::is_none")]

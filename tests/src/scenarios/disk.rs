@@ -209,7 +209,7 @@ fn resize(case: &Case<'_>) -> Result<()> {
         &format!("path={PLACE}/a,image_type=raw,id=root path={PLACE}/q,image_type=qcow2"),
     ))?;
     for (id, disk, size, sectors) in
-        [("root", "vda", "24M", 49152), ("_disk1", "vdb", "80M", 163_840), ("root", "vda", "8M", 16384)]
+        [("root", "vda", "24M", 49152), ("_disk0", "vdb", "80M", 163_840), ("root", "vda", "8M", 16384)]
     {
         ctl(host, &format!("resize-disk --disk {id} --size {size}"))?;
         wait_for("the guest sees the new size", SOON, || {
