@@ -1,6 +1,6 @@
 //! The registers through which processors come and go, as data (ACPI 6.5, section 8.4: processor devices).
 //!
-//! The AML of the processors' nodes ([`processors`](crate::processors)) and the device that traps the accesses both take their
+//! The AML of the processors' nodes (`processors`) and the device that traps the accesses both take their
 //! offsets from here. Every register is 32 bits wide; any other access reads all ones, and its writes are dropped. Processor `p` has
 //! bit `p % 32` of word `p / 32`.
 //!

@@ -1,6 +1,6 @@
 //! virtio devices that another process is: a backend at the far end of a Unix socket (QEMU's Vhost-user Protocol, `docs/interop/vhost-user.rst`).
 //!
-//! [`VhostUser`] is the device as the transport sees it. Everything that the backend is asked goes through a [`keeper`] thread, one for each device,
+//! [`VhostUser`] is the device as the transport sees it. Everything that the backend is asked goes through a `keeper` thread, one for each device,
 //! so that nobody else waits for a process that may hang, die, or mean harm:
 //!
 //! ```text

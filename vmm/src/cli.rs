@@ -100,7 +100,7 @@ struct Run {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
     /// Processors: boot=1,max=BOOT,topology=THREADS:CORES:DIES:PACKAGES,affinity=[VCPU@[HOST..]..],
-    /// core_scheduling=vm|vcpu|off,max_phys_bits=46,nested=on,features=[amx],kvm_hyperv=off
+    /// core_scheduling=vm|vcpu|off,max_phys_bits=46,nested=on,features=[..],kvm_hyperv=off
     #[arg(long, value_name = "KEYS")]
     cpus: Option<String>,
     /// Memory: size=512M,shared=off,hugepages=off,hugepage_size=,hotplug_size=,hotplugged_size=,prefault=off,reserve=off,thp=on,
@@ -111,7 +111,7 @@ struct Run {
     /// prefault=off,reserve=off,mergeable=off; with --memory size=0. Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     memory_zone: Vec<String>,
-    /// Node of the guest: guest_numa_id=N,cpus=[0-1],distances=[N@20],memory_zones=[NAME],device_id=NAME,pci_segments=[0].
+    /// Node of the guest: guest_numa_id=N,cpus=[..],distances=[..],memory_zones=[..],device_id=NAME,pci_segments=[..].
     /// Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     numa: Vec<String>,

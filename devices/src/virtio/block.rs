@@ -1,4 +1,4 @@
-//! The block device (VIRTIO 1.2, section 5.2): a [`Disk`](crate::block::Disk) for the guest, with a thread for each queue.
+//! The block device (VIRTIO 1.2, section 5.2): a [`Disk`] for the guest, with a thread for each queue.
 //!
 //! A raw image is read and written by io_uring, many requests at a time, where the host has it; else, and for other images, each queue does one
 //! request after the other. What fails on the host fails for the guest: the request's status says so, and the log, not too often.

@@ -33,21 +33,54 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Arbitrary, Debug)]
 enum Step {
     /// Read or write so many sectors.
-    Access { write: bool, sector: u8, count: u8, byte: u8, cut: u8 },
+    Access {
+        write: bool,
+        sector: u8,
+        count: u8,
+        byte: u8,
+        cut: u8,
+    },
     /// Discard or write zeroes.
-    Range { discard: bool, sector: u8, count: u8, flags: u8 },
+    Range {
+        discard: bool,
+        sector: u8,
+        count: u8,
+        flags: u8,
+    },
     /// Any type, with a header of any kind.
-    Odd { kind: u8, sector: u64, readable: u16, writable: u16 },
-    Config { offset: u16, bytes: [u8; 4] },
-    Resize { sectors: u8 },
+    Odd {
+        kind: u8,
+        sector: u64,
+        readable: u16,
+        writable: u16,
+    },
+    Config {
+        offset: u16,
+        bytes: [u8; 4],
+    },
+    Resize {
+        sectors: u8,
+    },
     Pause,
     Reset,
     /// Bytes anywhere in the ring (wild).
-    Scribble { at: u16, bytes: [u8; 8] },
+    Scribble {
+        at: u16,
+        bytes: [u8; 8],
+    },
     /// A descriptor (wild).
-    Descriptor { place: u8, address: u32, len: u32, flags: u16, next: u8 },
+    Descriptor {
+        place: u8,
+        address: u32,
+        len: u32,
+        flags: u16,
+        next: u8,
+    },
     /// A chain made available, or an index written (wild, split rings).
-    Available { head: u16, index: Option<u16> },
+    Available {
+        head: u16,
+        index: Option<u16>,
+    },
 }
 
 #[derive(Arbitrary, Debug)]
@@ -251,8 +284,12 @@ fuzz_target!(|input: Input| {
     let Input { wild, packed, event_idx, readonly, plain_io, direct, steps } = input;
     let spec = DiskSpec { image_type: ImageType::Raw, readonly, direct, ..DiskSpec::new(&path) };
     let disk = Disk::open(&spec).expect("an image");
-    let options =
-        BlockOptions { num_queues: 1, queue_size: QUEUE, disable_io_uring: plain_io, ..BlockOptions::default() };
+    let options = BlockOptions {
+        num_queues: 1,
+        queue_size: QUEUE,
+        disable_io_uring: plain_io,
+        ..BlockOptions::default()
+    };
     let memory = memory();
     let form = RingFeatures { packed, event_idx, indirect: true };
     let mut bench = Bench {
@@ -269,12 +306,19 @@ fuzz_target!(|input: Input| {
     bench.activate();
     for step in steps.iter().take(STEPS) {
         bench.step(step);
-        assert!(wild || !bench.stopped(), "a tame driver's device has stopped: {:?}", bench.interrupts.seen());
+        assert!(
+            wild || !bench.stopped(),
+            "a tame driver's device has stopped: {:?}",
+            bench.interrupts.seen()
+        );
     }
     bench.active = None;
     let now = fs::read(&path).expect("the image");
     if readonly {
-        assert!(now.len() as u64 == SECTORS * 512 && now.iter().all(|byte| *byte == 0), "a readonly disk was written");
+        assert!(
+            now.len() as u64 == SECTORS * 512 && now.iter().all(|byte| *byte == 0),
+            "a readonly disk was written"
+        );
     } else if !wild {
         assert!(now == bench.model, "the image is not what the driver wrote");
     }
