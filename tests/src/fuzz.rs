@@ -33,7 +33,7 @@ const TARGETS: [&str; 8] = [
 /// What a test's name begins with.
 const PREFIX: &str = "fuzz: ";
 /// Seconds for each target in `cargo testbed test`.
-const IN_TEST: u32 = 10;
+const IN_TEST: u32 = 7;
 /// Targets at a time in `cargo testbed fuzz`.
 const JOBS: usize = 2;
 const CARGO_FUZZ: &str = "0.13.2";

@@ -453,7 +453,10 @@ impl Lifecycle {
         if config.emulated_mut().len() == before {
             return Err(VmError::TooManyVsocks);
         }
-        config.validate_all_devices()?;
+        // What was wrong before is for the boot to say: `vm.create` took it.
+        if vm.machine.is_some() || vm.config.validate_all_devices().is_ok() {
+            config.validate_all_devices()?;
+        }
         let Some((running, lifetime)) = &mut vm.machine else {
             vm.config = config;
             self.show_config();
