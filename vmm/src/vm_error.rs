@@ -78,6 +78,8 @@ impl VmError {
         match self {
             Self::NotCreated | Self::MissingConfig | Self::UnknownDevice { .. } => 404,
             Self::Config(ConfigError::SameId { .. } | ConfigError::SameDevice { .. }) => 409,
+            // As for everything else that cannot be resized: there is nothing wrong with the configuration.
+            Self::Config(ConfigError::NoBalloon) => 500,
             Self::Config(_) | Self::Power(_) => 400,
             Self::Vcpus(ResizeError::Pending { .. }) => 429,
             _ => 500,

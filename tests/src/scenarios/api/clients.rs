@@ -63,7 +63,9 @@ fn crate_client(case: &Case<'_>) -> Result<()> {
         ensure(line.starts_with(start), || format!("{line} and not {start}"))?;
     }
     ensure(
-        text.ends_with("boot: done\ninfo: Running [__root_port1 0000:00:01.0, dev0 0000:01:00.0]"),
+        text.ends_with(
+            "boot: done\ninfo: Running [__rng 0000:00:02.0, __root_port1 0000:00:01.0, dev0 0000:01:00.0]",
+        ),
         || format!("the client says:\n{text}"),
     )?;
     guest.wait_ready(mark)?;
@@ -82,12 +84,12 @@ fn crate_client(case: &Case<'_>) -> Result<()> {
     let text = sdk(host, &format!("add-device={device},net0 add-device={device},net1 info"))?;
     let lines: Vec<&str> = text.lines().collect();
     ensure(
-        lines[0].ends_with(": net0 0000:00:02.0")
+        lines[0].ends_with(": net0 0000:00:03.0")
             && lines[1].contains(": 409 ")
-            && lines[2].ends_with("dev0 0000:01:00.0, net0 0000:00:02.0]"),
+            && lines[2].ends_with("dev0 0000:01:00.0, net0 0000:00:03.0]"),
         || text.clone(),
     )?;
-    guest.wait_file(&sysfs("0000:00:02.0", "vendor"), "0x8086", IDLE)?;
+    guest.wait_file(&sysfs("0000:00:03.0", "vendor"), "0x8086", IDLE)?;
     expect(&sdk(host, "remove-device=net0")?, &["remove-device=net0: done"])?;
     wait_for("the device goes", IDLE, || {
         let text = sdk(host, "info")?;
@@ -103,7 +105,9 @@ fn crate_client(case: &Case<'_>) -> Result<()> {
 
 fn kata(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    let vm = vm(case, &[E1000E]);
+    let mut vm = vm(case, &[E1000E]);
+    // A device's thread is there once the guest has a driver for it.
+    vm.modules.extend(["virtio_pci", "virtio_rng"]);
     let guest = launch(host, &vm)?;
     // What Kata writes into every configuration, with null for what it has not been told.
     let mut config = vm.config();
