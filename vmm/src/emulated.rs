@@ -217,3 +217,26 @@ pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Resul
     });
     new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place })).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_device_of_a_configuration_has_its_way_of_being_made() {
+        let text = r#"{
+            "console": {"mode": "Pty"},
+            "disks": [{"path": "/a"}, {"vhost_user": true, "vhost_socket": "/b"}],
+            "net": [{}, {"vhost_user": true, "vhost_socket": "/c"}],
+            "fs": [{"tag": "t", "socket": "/d"}],
+            "generic_vhost_user": [{"device_type": 26, "socket": "/e", "queue_sizes": [64]}],
+            "vsock": {"cid": 3, "socket": "/f"},
+            "balloon": {"size": 0},
+            "watchdog": true,
+            "pvpanic": true
+        }"#;
+        let mut config: VmConfig = serde_json::from_str(text).unwrap();
+        let ways = plan(&config, &[], &Shared::default()).len();
+        assert_eq!((config.emulated_mut().len(), ways), (12, 12));
+    }
+}
