@@ -48,6 +48,7 @@ const NVME: usize = 3;
 /// What `--short` leaves out besides repetitions with old kernels: what takes long, and what others are close to.
 const LONG: &[&str] = &[
     "thousand_power_cycles_from_two_vcpus_leak_nothing",
+    "host_wakes_the_guest_a_hundred_times",
     "device_that_gets_its_power_late_comes_back_by_its_reset",
     "device_whose_slot_button_is_pressed_works_until_the_vm_ends",
     "a_balloon_gives_memory_back_unless_a_device_has_it_pinned",
