@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fmt, io};
 
 use acpi::event_abi::{Event, OST_SUCCESS, PLACE_COUNT, Register, decode, release};
+use serde::{Deserialize, Serialize};
 use vfio_pm::WakeSink;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -32,6 +33,14 @@ impl fmt::Debug for EventDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EventDevice").field("events", &self.events).finish_non_exhaustive()
     }
+}
+
+/// What is saved of it: what the guest has not read yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventState {
+    events: u32,
+    added: u32,
+    leaving: u32,
 }
 
 impl EventDevice {
@@ -62,6 +71,25 @@ impl EventDevice {
             && error.kind() != io::ErrorKind::WouldBlock
         {
             log::error!("event device: the guest does not hear of {event:?}: {error}");
+        }
+    }
+}
+
+impl EventDevice {
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> EventState {
+        let load = |bits: &AtomicU32| bits.load(Ordering::SeqCst);
+        EventState { events: load(&self.events), added: load(&self.added), leaving: load(&self.leaving) }
+    }
+
+    /// Goes on as saved. A guest that was interrupted and has not looked yet is interrupted again.
+    pub fn restore(&self, saved: &EventState) {
+        self.added.store(saved.added, Ordering::SeqCst);
+        self.leaving.store(saved.leaving, Ordering::SeqCst);
+        self.events.store(saved.events, Ordering::SeqCst);
+        if saved.events != 0 {
+            // It can only fail when the interrupt is pending already.
+            let _ = self.interrupt.write(1);
         }
     }
 }
