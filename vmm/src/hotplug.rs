@@ -182,6 +182,18 @@ impl AssignedDevices {
         Ok(moved)
     }
 
+    /// Bus 0.
+    pub fn bus(&self) -> &RootBus {
+        &self.board.bus
+    }
+
+    /// Notes that the guest has been asked to let go of what is in this place: where the machine began, before it was saved.
+    pub fn set_leaving(&mut self, device: u8) {
+        if let Some(place) = self.places.iter_mut().find(|place| place.seat.device() == device) {
+            place.leaving = true;
+        }
+    }
+
     /// The machine's own functions.
     pub fn emulated(&self) -> impl Iterator<Item = &Arc<dyn EmulatedFunction>> {
         self.places.iter().filter_map(|place| place.emulated.as_ref())

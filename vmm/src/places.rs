@@ -198,6 +198,16 @@ pub fn build_places(
 }
 
 impl Place {
+    /// Its device number on bus 0, or that of its root port.
+    pub fn device(&self) -> u8 {
+        self.seat.device()
+    }
+
+    /// Whether the guest has been asked to let go of what is here.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
     /// The power resources that the tables give to what is put here.
     pub fn resources(&self) -> impl Iterator<Item = ResourceIndex> + use<> {
         self.resources.into_iter().flatten()

@@ -96,7 +96,8 @@ impl CommonRegisters {
     /// # Errors
     /// They were another device's, and in what.
     pub fn restore(&mut self, saved: Self) -> Result<(), String> {
-        let sizes = |registers: &Self| registers.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        let sizes =
+            |registers: &Self| registers.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
         let (then, now) = (sizes(&saved), sizes(self));
         if then != now {
             return Err(format!("it had queues of {then:?} descriptors and has queues of {now:?}"));
