@@ -26,6 +26,7 @@ mod nvme;
 mod operator;
 mod recovery;
 mod slots;
+mod snapshot;
 mod sockets;
 pub mod steps;
 mod tables;
@@ -118,6 +119,7 @@ pub fn all() -> Vec<Scenario> {
         net::table(),
         disk::table(),
         sockets::table(),
+        snapshot::table(),
         vhost_user::table(),
     ]
     .concat()
