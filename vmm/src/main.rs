@@ -162,12 +162,12 @@ fn run_vmm(
         lifecycle.create_and_boot(*config).map_err(VmError::into_cause)?;
     }
     if let Some(restore) = &options.restore {
+        lifecycle.restore(restore).map_err(VmError::into_cause)?;
         if options.api_socket.is_none() && !restore.resume {
             log::warn!(
                 "--restore: the VM stays paused, and without an --api-socket nobody can resume it; add resume=on"
             );
         }
-        lifecycle.restore(restore).map_err(VmError::into_cause)?;
     }
     let result = lifecycle.run();
     api.send_last_answers();

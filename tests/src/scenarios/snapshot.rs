@@ -111,8 +111,8 @@ fn works(host: &Host, guest: &Guest<'_>, before: u64) -> Result<u64> {
     let kept = guest.sh("cat /tmp/kept | sha256sum; cat /tmp/sum")?;
     let sums: Vec<_> = kept.lines().collect();
     ensure(sums.len() == 2 && sums[0] == sums[1], || format!("memory holds something else: {kept}"))?;
-    guest.sh(&format!("ping -c 3 -i 0.2 -W 5 {HOST}"))?;
-    host.sh(&format!("ping -c 3 -i 0.2 -W 5 {GUEST}"))?;
+    guest.sh(&format!("ping -c 3 -i 0.2 -W 9 {HOST}"))?;
+    host.sh(&format!("ping -c 3 -i 0.2 -W 9 {GUEST}"))?;
     guest.sh("dd if=/dev/hwrng bs=64 count=4 of=/dev/null 2>&1")?;
     wait_for("the guest's socket answers", IDLE, || {
         let echo = format!("(echo CONNECT 52; echo hello) | socat -t 5 - UNIX-CONNECT:{PLACE}/vsock");
@@ -131,7 +131,7 @@ fn goes_on(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     prepare(host)?;
     let mut spec = VmSpec::new(case.guest).cpus(2).options(&format!(
-        "--api-socket {API} --disk path={PLACE}/disk,image_type=raw,num_queues=2 --net tap=tap0,ip={HOST},mask=255.255.255.0 \
+        "--api-socket {API} --disk path={PLACE}/disk,image_type=raw,num_queues=2 --net tap=tap0,ip={HOST},mask=255.255.255.0,host_mac=02:00:00:00:09:01 \
          --console file={PLACE}/console --vsock cid=9,socket={PLACE}/vsock --balloon size=0 --watchdog --pvpanic"
     ));
     spec.modules = vec![
@@ -214,7 +214,7 @@ fn grown(case: &Case<'_>) -> Result<()> {
     };
     all(&guest)?;
     guest
-        .sh("dd if=/dev/urandom of=/tmp/kept bs=1M count=200 2>/dev/null; sha256sum </tmp/kept >/tmp/sum")?;
+        .sh("dd if=/dev/urandom of=/tmp/kept bs=1M count=100 2>/dev/null; sha256sum </tmp/kept >/tmp/sum")?;
     save(host, guest, "a")?;
     let guest = restore(case, "a,resume=on")?;
     wait_state(host, "Running")?;
