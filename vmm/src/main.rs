@@ -34,6 +34,7 @@ mod nets;
 mod orders;
 mod output;
 mod panic_events;
+mod pci_segments;
 mod places;
 mod power_events;
 mod processors;

@@ -1,6 +1,6 @@
 //! A machine that runs: waiting for what happens to it, what an operator does to it, and taking it apart in order.
 
-use acpi::event_abi::Event;
+use acpi::event_abi::{Event, PlaceAddress};
 use devices::rtc::Rtc;
 use kvm_bindings::kvm_clock_data;
 use log::{debug, info, warn};
@@ -138,7 +138,7 @@ impl Running {
     }
 
     /// What the guest has said since the last look of devices that it is to let go of: places, and one with why not.
-    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
+    pub fn take_releases(&self) -> (Vec<PlaceAddress>, Option<(PlaceAddress, u8)>) {
         self.machine.context.control.take_releases()
     }
 

@@ -35,8 +35,8 @@ const VARIABLE: &str = "GOLDEN";
 fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1];
-    platform.pci.functions.clear();
-    platform.pci.root_ports = vec![
+    platform.pci[0].functions.clear();
+    platform.pci[0].root_ports = vec![
         sample::slot(1, Some(0), &[Some(1)]),
         sample::slot(2, Some(2), &[Some(3), Some(4)]),
         sample::slot(3, None, &[None]),

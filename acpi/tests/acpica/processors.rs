@@ -18,8 +18,8 @@ pub fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1, 2, 3];
     platform.processor_hotplug = Some(ProcessorHotplugDescription { registers: REGISTERS, present: 2 });
-    platform.pci.functions.clear();
-    platform.pci.root_ports.clear();
+    platform.pci[0].functions.clear();
+    platform.pci[0].root_ports.clear();
     platform
 }
 

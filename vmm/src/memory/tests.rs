@@ -109,7 +109,7 @@ fn the_affinity_tables_name_all_memory_and_a_device_that_is_there() {
     assert_eq!(numa.processors, [(0, 0), (8, 1)]);
     assert_eq!(numa.distances, [(0, 1, 30)]);
     assert_eq!(numa.initiators, [InitiatorAffinity { segment: 0, bus: 1, devfn: gpu.devfn, node: 4 }]);
-    assert_eq!((numa.nodes, numa.pci_node), (6, Some(0)));
+    assert_eq!((numa.nodes, numa.pci_nodes), (6, vec![(0, 0)]));
 }
 
 #[test]
