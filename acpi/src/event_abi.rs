@@ -127,8 +127,9 @@ pub const fn decode(offset: u64, size: usize) -> Option<Register> {
         LEAVING_OFFSET => Some(Register::Leaving(0)),
         RELEASED_OFFSET => Some(Register::Released),
         ADDED_OFFSET_OF_OTHERS.. if offset < block_size(SEGMENT_COUNT as usize) => {
-            // Below 96, so it fits.
-            let segment = (offset / 8 - 1) as u16;
+            // Below 96, so it is all in the lowest byte.
+            let [segment, ..] = (offset / 8 - 1).to_le_bytes();
+            let segment = segment as u16;
             match offset % 8 {
                 0 => Some(Register::Added(segment)),
                 4 => Some(Register::Leaving(segment)),
