@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 use acpi::platform::PlatformDescription;
 
 use crate::tools::Scratch;
-use crate::{processors, sample};
+use crate::{processors, sample, segments};
 
 /// What makes a machine.
 type Machine = fn() -> PlatformDescription;
 
 /// The tables that are kept, and the machine that each is of.
-const TABLES: [(&str, [u8; 4], Machine); 8] = [
+const TABLES: [(&str, [u8; 4], Machine); 10] = [
     ("dsdt", *b"DSDT", machine),
     ("facp", *b"FACP", machine),
     ("apic", *b"APIC", machine),
@@ -26,6 +26,8 @@ const TABLES: [(&str, [u8; 4], Machine); 8] = [
     ("slit", *b"SLIT", machine),
     ("dsdt_processors", *b"DSDT", processors::machine),
     ("apic_processors", *b"APIC", processors::machine),
+    ("dsdt_segments", *b"DSDT", segments::machine),
+    ("mcfg_segments", *b"MCFG", segments::machine),
 ];
 /// Says that the golden tables are to be written and not compared.
 const VARIABLE: &str = "GOLDEN";
