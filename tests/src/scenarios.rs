@@ -19,12 +19,14 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod kata;
 mod memory;
 mod net;
 mod nic;
 mod nvme;
 mod operator;
 mod recovery;
+mod segments;
 mod slots;
 mod sockets;
 pub mod steps;
@@ -96,6 +98,7 @@ pub fn all() -> Vec<Scenario> {
         firmware::table(),
         clients::table(),
         cpus::table(),
+        kata::table(),
         debian::table(),
         disk_faults::table(),
         bad_input::table(),
@@ -107,6 +110,7 @@ pub fn all() -> Vec<Scenario> {
         memory::table(),
         hostile::table(),
         hotplug::table(),
+        segments::table(),
         slots::table(),
         endings::table(),
         administrator::table(),
