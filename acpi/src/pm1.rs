@@ -53,6 +53,28 @@ pub struct Pm1 {
     sleep_type: u16,
 }
 
+/// What the registers hold, for a machine that goes on elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pm1Registers {
+    /// The status register.
+    pub status: u16,
+    /// The enable register.
+    pub enable: u16,
+    /// The sleep type, as the control register has it.
+    pub sleep_type: u16,
+}
+
+impl From<Pm1Registers> for Pm1 {
+    /// Bits that the registers cannot hold are dropped.
+    fn from(registers: Pm1Registers) -> Self {
+        Self {
+            status: registers.status & EVENT_RTC,
+            enable: registers.enable & ENABLE_BITS,
+            sleep_type: registers.sleep_type & CONTROL_SLEEP_TYPE_BITS,
+        }
+    }
+}
+
 impl Pm1 {
     /// The state at power-on and after a reset.
     pub fn new() -> Self {
@@ -106,7 +128,13 @@ impl Pm1 {
         Effect { interrupt: false, power_off: sleep && self.sleep_type == soft_off }
     }
 
-    fn interrupt_wanted(&self) -> bool {
+    /// What the registers hold.
+    pub fn registers(&self) -> Pm1Registers {
+        Pm1Registers { status: self.status, enable: self.enable, sleep_type: self.sleep_type }
+    }
+
+    /// Whether the interrupt is wanted now.
+    pub fn interrupt_wanted(&self) -> bool {
         self.status & self.enable != 0
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fmt, io};
 
 use acpi::event_abi::{Event, OST_SUCCESS, PLACE_COUNT, PlaceAddress, Register, decode, release};
+use serde::{Deserialize, Serialize};
 use vfio_pm::WakeSink;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -38,6 +39,14 @@ impl fmt::Debug for EventDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EventDevice").field("events", &self.events).finish_non_exhaustive()
     }
+}
+
+/// What is saved of it: what the guest has not read yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventState {
+    events: u32,
+    /// ADDED and LEAVING of each segment.
+    segments: Vec<(u32, u32)>,
 }
 
 impl EventDevice {
@@ -81,6 +90,28 @@ impl EventDevice {
             && error.kind() != io::ErrorKind::WouldBlock
         {
             log::error!("event device: the guest does not hear of {event:?}: {error}");
+        }
+    }
+}
+
+impl EventDevice {
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> EventState {
+        let load = |bits: &AtomicU32| bits.load(Ordering::SeqCst);
+        let segments = self.segments.iter().map(|places| (load(&places.added), load(&places.leaving)));
+        EventState { events: load(&self.events), segments: segments.collect() }
+    }
+
+    /// Goes on as saved. A guest that was interrupted and has not looked yet is interrupted again.
+    pub fn restore(&self, saved: &EventState) {
+        for (places, (added, leaving)) in self.segments.iter().zip(&saved.segments) {
+            places.added.store(*added, Ordering::SeqCst);
+            places.leaving.store(*leaving, Ordering::SeqCst);
+        }
+        self.events.store(saved.events, Ordering::SeqCst);
+        if saved.events != 0 {
+            // It can only fail when the interrupt is pending already.
+            let _ = self.interrupt.write(1);
         }
     }
 }

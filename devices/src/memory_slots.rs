@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use acpi::event_abi::{Event, OST_SUCCESS};
 use acpi::memory_abi::{Half, Register, SLOT_COUNT, STATUS_FILLED, decode};
 use log::{info, warn};
+use serde::{Deserialize, Serialize};
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
 
 use crate::event_device::EventDevice;
 
 /// Memory in a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryInSlot {
     /// First address.
     pub base: u64,
@@ -26,22 +27,23 @@ pub struct MemoryInSlot {
 }
 
 /// A slot with memory in it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Filled {
     memory: MemoryInSlot,
     /// Whether the guest has been told and has not said yet what came of it.
     awaited: bool,
 }
 
-#[derive(Debug, Default)]
-struct Slots {
+/// All of them, which is also what is saved of them.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SlotsState {
     filled: Vec<Filled>,
     changed: u32,
 }
 
 /// The slots on the MMIO bus.
 pub struct MemorySlots {
-    slots: Mutex<Slots>,
+    slots: Mutex<SlotsState>,
     events: Arc<EventDevice>,
 }
 
@@ -57,8 +59,20 @@ impl MemorySlots {
         Self { slots: Mutex::default(), events }
     }
 
-    fn slots(&self) -> MutexGuard<'_, Slots> {
+    fn slots(&self) -> MutexGuard<'_, SlotsState> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> SlotsState {
+        self.slots().clone()
+    }
+
+    /// Goes on as saved. Slots beyond those that there are stay empty.
+    pub fn restore(&self, saved: &SlotsState) {
+        let mut slots = self.slots();
+        slots.clone_from(saved);
+        slots.filled.truncate(usize::from(SLOT_COUNT));
     }
 
     /// How many are still empty.

@@ -6,7 +6,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use acpi::pm1::{CONTROL_BLOCK_SIZE, EVENT_BLOCK_SIZE, EVENT_RTC, Effect, Pm1};
+use acpi::pm1::{CONTROL_BLOCK_SIZE, EVENT_BLOCK_SIZE, EVENT_RTC, Effect, Pm1, Pm1Registers};
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,6 +34,14 @@ impl fmt::Debug for Pm1Device {
     }
 }
 
+/// What is saved of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pm1State {
+    status: u16,
+    enable: u16,
+    sleep_type: u16,
+}
+
 impl Pm1Device {
     /// `interrupt`: the system control interrupt, an edge. Soft-off goes to `control`.
     pub fn new(interrupt: EventFd, control: Arc<dyn MachineControl>) -> Self {
@@ -42,6 +51,22 @@ impl Pm1Device {
     /// The clock's alarm went off.
     pub fn clock_alarm(&self) {
         let interrupt = self.model().raise(EVENT_RTC);
+        self.act(Effect { interrupt, power_off: false });
+    }
+
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> Pm1State {
+        let Pm1Registers { status, enable, sleep_type } = self.model().registers();
+        Pm1State { status, enable, sleep_type }
+    }
+
+    /// Goes on as saved. An interrupt that is wanted is given once more: the guest looks at the registers for the reason.
+    pub fn restore(&self, saved: &Pm1State) {
+        let Pm1State { status, enable, sleep_type } = *saved;
+        let mut model = self.model();
+        *model = Pm1::from(Pm1Registers { status, enable, sleep_type });
+        let interrupt = model.interrupt_wanted();
+        drop(model);
         self.act(Effect { interrupt, power_off: false });
     }
 

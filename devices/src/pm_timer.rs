@@ -3,6 +3,7 @@
 //! Firmware built for Cloud Hypervisor measures its delays with it, and hangs without. The tables do not name it: a Linux that knows
 //! of one checks its other clocks against it twice a second, and each look would be an exit.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use vm_device::DevicePio;
@@ -18,6 +19,8 @@ const NANOSECONDS: u128 = 1_000_000_000;
 #[derive(Debug)]
 pub struct PmTimer {
     start: Instant,
+    /// What it had counted before, in nanoseconds: the machine it is in may have begun elsewhere.
+    before: AtomicU64,
 }
 
 impl Default for PmTimer {
@@ -29,11 +32,25 @@ impl Default for PmTimer {
 impl PmTimer {
     /// A timer that starts now.
     pub fn new() -> Self {
-        Self { start: Instant::now() }
+        Self { start: Instant::now(), before: AtomicU64::new(0) }
     }
 }
 
 /// The counter's value so long after it was zero; it wraps round every 20 minutes.
+impl PmTimer {
+    /// For how long it has run, in nanoseconds.
+    pub fn save(&self) -> u64 {
+        let before = self.before.load(Ordering::Relaxed);
+        before.wrapping_add(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Goes on from there.
+    pub fn restore(&self, saved: u64) {
+        let here = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.before.store(saved.wrapping_sub(here), Ordering::Relaxed);
+    }
+}
+
 fn ticks(nanoseconds: u128) -> [u8; 4] {
     let ticks = nanoseconds * HERTZ / NANOSECONDS;
     let [a, b, c, d, ..] = ticks.to_le_bytes();
@@ -42,7 +59,7 @@ fn ticks(nanoseconds: u128) -> [u8; 4] {
 
 impl DevicePio for PmTimer {
     fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
-        let ticks = ticks(self.start.elapsed().as_nanos());
+        let ticks = ticks(self.save().into());
         for (byte, at) in data.iter_mut().zip(usize::from(offset)..) {
             *byte = ticks.get(at).copied().unwrap_or(0xff);
         }

@@ -9,6 +9,7 @@ use std::{fmt, mem};
 
 use acpi::event_abi::{Event, NOTIFY_EJECT_REQUEST, OST_SUCCESS};
 use acpi::processor_abi::{OST_EJECTION_IN_PROGRESS, Register, WORD_COUNT, decode, position, status};
+use serde::{Deserialize, Serialize};
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
 
@@ -22,7 +23,7 @@ pub trait ProcessorSink: Send + Sync {
 }
 
 /// A set of processors, one bit each.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Set([u32; WORD_COUNT]);
 
 impl Set {
@@ -60,8 +61,9 @@ impl Set {
     }
 }
 
-#[derive(Debug, Default)]
-struct State {
+/// The registers' content, which is also what is saved of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessorState {
     present: Set,
     /// Told to the guest when it next reads.
     added: Set,
@@ -85,7 +87,7 @@ pub struct Answers {
 /// The registers on the MMIO bus.
 pub struct ProcessorDevice {
     /// A leaf: nothing is called under it.
-    state: Mutex<State>,
+    state: Mutex<ProcessorState>,
     event_device: Arc<EventDevice>,
     sink: Arc<dyn ProcessorSink>,
 }
@@ -96,16 +98,33 @@ impl fmt::Debug for ProcessorDevice {
     }
 }
 
+impl ProcessorState {
+    /// The processors that there are, in ascending order.
+    pub fn present(&self) -> Vec<u8> {
+        self.present.numbers()
+    }
+}
+
 impl ProcessorDevice {
     /// A machine whose processors from 0 up to, not including, `present` are there.
     pub fn new(present: u8, event_device: Arc<EventDevice>, sink: Arc<dyn ProcessorSink>) -> Self {
-        let mut state = State::default();
+        let mut state = ProcessorState::default();
         (0..present).for_each(|processor| state.present.insert(processor));
         Self { state: Mutex::new(state), event_device, sink }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ProcessorState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> ProcessorState {
+        self.state().clone()
+    }
+
+    /// Goes on as saved.
+    pub fn restore(&self, saved: &ProcessorState) {
+        *self.state() = saved.clone();
     }
 
     /// The processors that there are, in ascending order.

@@ -13,7 +13,7 @@ use pci::function::BarIndex;
 use pci::window::{BarWindow, Placement};
 use pci::{DevFn, PciFunction, regs};
 
-use crate::emulated::EmulatedFunction;
+use crate::emulated::{EmulatedFunction, Header, Saved};
 
 const BAR: BarIndex = 0;
 /// The smallest that memory can have; the register is its first byte.
@@ -190,6 +190,20 @@ impl EmulatedFunction for PvPanic {
 
     fn bars(&self) -> Vec<Bar> {
         self.lock().bars.iter().collect()
+    }
+
+    fn save(&self) -> Result<Saved, String> {
+        let inner = self.lock();
+        serde_json::to_value(Header::save(&inner.config, &inner.bars)).map_err(|e| e.to_string())
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), String> {
+        let header: Header = serde_json::from_value(saved.clone()).map_err(|e| e.to_string())?;
+        let mut inner = self.lock();
+        let Inner { config, bars, .. } = &mut *inner;
+        header.restore(config, bars);
+        self.decode(&mut inner);
+        Ok(())
     }
 }
 

@@ -23,8 +23,8 @@ use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use registers::Battery;
 use registers::Registers;
+pub use registers::{Battery, RtcState};
 
 /// How many ports there are: the index register and, behind it, the data register.
 pub const PORTS: u16 = 2;
@@ -83,6 +83,23 @@ impl Rtc {
     /// What the battery keeps, for the clock of the machine after a guest reboot.
     pub fn battery(&self) -> Battery {
         self.state().registers.battery()
+    }
+
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> RtcState {
+        self.state().registers.save()
+    }
+
+    /// Goes on as saved; whether that could be. An alarm that was due meanwhile goes off now.
+    pub fn restore(&self, saved: &RtcState) -> bool {
+        let Some(registers) = Registers::restored(saved) else { return false };
+        if registers.asserted() {
+            // It can only fail when the interrupt is pending already.
+            let _ = self.interrupt.write(1);
+        }
+        self.state().registers = registers;
+        self.access(Registers::catch_up);
+        true
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, EventSubscriber, Events};
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::Trigger;
@@ -132,6 +133,21 @@ impl fmt::Debug for Serial {
     }
 }
 
+/// What is saved of it: the registers, what the guest has not read yet, and whether it reads at all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    received: Vec<u8>,
+    listening: bool,
+}
+
 impl Serial {
     /// A port in its power-on state. `interrupt` is signalled for each interrupt (edge); it should be an irqfd.
     ///
@@ -147,6 +163,51 @@ impl Serial {
             listening: AtomicBool::new(false),
             polls: AtomicU8::new(0),
         })
+    }
+
+    /// What must go on elsewhere as it is here.
+    pub fn save(&self) -> SerialState {
+        let state = self.uart().state();
+        SerialState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+            listening: self.listening.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Goes on as saved. An interrupt that the guest has not answered is given once more.
+    ///
+    /// # Errors
+    /// No descriptor is left, or the registers cannot have been a serial port's.
+    pub fn restore(&self, saved: &SerialState) -> io::Result<()> {
+        let mut uart = self.uart();
+        let interrupt = Interrupt(uart.interrupt_evt().0.try_clone()?);
+        let [baud_divisor_low, baud_divisor_high] = saved.divisor;
+        let state = vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.received.clone(),
+        };
+        let wire = Wire(Arc::clone(&self.backend));
+        *uart = Uart::from_state(&state, interrupt, Arc::clone(&self.flow), wire)
+            .map_err(|e| io::Error::other(format!("{e:?}")))?;
+        drop(uart);
+        self.listening.store(saved.listening, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Reads a register. The model takes the received-data interrupt back at the first byte read; a 16550 keeps it up while

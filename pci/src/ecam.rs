@@ -94,6 +94,17 @@ impl Cam {
         Self { bus, address: AtomicU32::new(0) }
     }
 
+    /// The address register.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address register.
+    pub fn set_address(&self, address: u32) {
+        // Bits 30:24 and 1:0 are reserved.
+        self.address.store(address & 0x80ff_fffc, Ordering::Relaxed);
+    }
+
     fn target(&self, offset: u16, len: usize) -> Option<Target> {
         let address = self.address.load(Ordering::Relaxed);
         let within = offset.checked_sub(CAM_DATA).filter(|&at| at < 4)?;
@@ -119,8 +130,7 @@ impl DevicePio for Cam {
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
         if let (0, &[a, b, c, d]) = (offset, data) {
-            // Bits 30:24 and 1:0 are reserved.
-            self.address.store(u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc, Ordering::Relaxed);
+            self.set_address(u32::from_le_bytes([a, b, c, d]));
         } else if let Some(target) = self.target(offset, data.len()) {
             write(&self.bus, &target, data);
         }

@@ -15,8 +15,8 @@ use thiserror::Error;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
     FsConfig, GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError,
-    PayloadConfig, PciSegmentConfig, PlatformConfig, RateLimitGroupConfig, RngConfig, VirtioConsoleConfig,
-    VmConfig, VsockConfig,
+    PayloadConfig, PciSegmentConfig, PlatformConfig, RateLimitGroupConfig, RestoreConfig, RngConfig,
+    VirtioConsoleConfig, VmConfig, VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -42,7 +42,6 @@ const NOT_YET: &[&str] = &[
     "landlock-rules",
     "pmem",
     "pvmemcontrol",
-    "restore",
     "rtc",
     "tpm",
     "user-device",
@@ -185,6 +184,10 @@ struct Run {
     /// Tell what happens, as JSON: path=PATH of a file or pipe, or fd=N
     #[arg(long, value_name = "path=PATH|fd=N")]
     event_monitor: Option<String>,
+    /// Go on from a snapshot: source_url=file:///DIRECTORY,resume=off,prefault=off,memory_restore_mode=copy|ondemand,
+    /// net_fds=[ID@[FD..]..],zone_updates=[ZONE@NODE..]
+    #[arg(long, value_name = "KEYS")]
+    restore: Option<String>,
     /// Stay when the guest has switched itself off, and wait for orders
     #[arg(long)]
     no_shutdown: bool,
@@ -295,6 +298,8 @@ pub struct ControlOptions {
     pub metrics_socket: Option<Endpoint>,
     /// Where events go.
     pub event_monitor: Option<Endpoint>,
+    /// The snapshot from which a VM goes on.
+    pub restore: Option<RestoreConfig>,
     /// Whether the VMM stays when the guest has switched itself off.
     pub no_shutdown: bool,
     /// Whether a filter of system calls was asked for, which is not there.
@@ -445,6 +450,7 @@ impl Run {
             api_socket: Endpoint::parse_option("--api-socket", self.api_socket.as_deref())?,
             metrics_socket: Endpoint::parse_option("--metrics-socket", self.metrics_socket.as_deref())?,
             event_monitor: Endpoint::parse_option("--event-monitor", self.event_monitor.as_deref())?,
+            restore: self.restore.as_deref().map(RestoreConfig::parse).transpose()?,
             no_shutdown: self.no_shutdown,
             wants_filter: self.seccomp.is_some_and(|seccomp| seccomp != Seccomp::False),
         };
@@ -456,6 +462,16 @@ impl Run {
         };
         let format = self.log_format.as_deref().map(str::parse).transpose()?;
         let log = LogOptions { file: self.log_file.clone(), level, format };
+        if options.restore.is_some() {
+            let boots = [("--kernel", self.kernel.is_some()), ("--firmware", self.firmware.is_some())];
+            let boots = boots.iter().find(|(_, given)| *given).map(|(option, _)| *option);
+            return match boots.or(self.machine_option()) {
+                Some(option) => Err(CliError::Usage(format!(
+                    "--restore brings its machine with it, and {option} describes another: leave one of them out"
+                ))),
+                None => Ok(Action::Run { config: None, options, log }),
+            };
+        }
         // Without anything to boot the machine comes through the API, all of it.
         if options.api_socket.is_some() && self.kernel.is_none() && self.firmware.is_none() {
             if let Some(option) = self.machine_option() {

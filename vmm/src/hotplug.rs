@@ -201,6 +201,18 @@ impl AssignedDevices {
         Ok(moved)
     }
 
+    /// Bus 0 of each PCI segment.
+    pub fn buses(&self) -> &[Arc<RootBus>] {
+        &self.board.buses
+    }
+
+    /// Notes that the guest has been asked to let go of the device with this name: where the machine began, before it was saved.
+    pub fn set_leaving(&mut self, id: &str) {
+        if let Some(place) = self.places.iter_mut().find(|place| place.ids().any(|name| name == id)) {
+            place.leaving = true;
+        }
+    }
+
     /// The machine's own functions.
     pub fn emulated(&self) -> impl Iterator<Item = &Arc<dyn EmulatedFunction>> {
         self.places.iter().filter_map(|place| place.emulated.as_ref())

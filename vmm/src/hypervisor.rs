@@ -3,7 +3,6 @@
 //! Follows Linux `Documentation/virt/kvm/api.rst`; what the registers hold is decided in crate `arch`.
 
 use std::io;
-use std::sync::Arc;
 
 use arch::boot;
 use arch::cpuid::{CpuidOptions, CpuidTemplate, has_amx};
@@ -11,8 +10,8 @@ use arch::layout;
 use arch::loader::EntryPoint;
 use arch::topology::Topology;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_HYPERV_SYNIC2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_create_device,
-    kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_enable_cap,
+    CpuId, KVM_API_VERSION, KVM_CAP_HYPERV_SYNIC2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2,
+    kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vfio_ioctls::VfioDeviceFd;
@@ -20,6 +19,7 @@ use vfio_ioctls::VfioDeviceFd;
 use crate::config::{ConfigError, CpusConfig};
 use crate::processors::amx;
 use crate::remedy::remedy;
+use crate::snapshot::vcpu::VcpuState;
 
 /// KVM cannot do what the machine needs.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,8 @@ pub enum HypervisorError {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
+/// For `map_err`: what an ioctl of KVM was to do.
+pub fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
     move |e| HypervisorError::Ioctl { what, source: io::Error::from_raw_os_error(e.errno()) }
 }
 
@@ -217,8 +218,24 @@ impl Processors {
     }
 
     /// Creates the vCPUs that are there at boot. The first one will enter the kernel at `entry`, the others wait for it to start them.
-    pub fn create(&self, vm: &Arc<VmFd>, entry: &EntryPoint) -> Result<Vec<VcpuFd>, HypervisorError> {
-        (0..self.at_boot).map(|vcpu| self.create_one(vm, vcpu, Some(entry).filter(|_| vcpu == 0))).collect()
+    pub fn create(&self, vm: &VmFd, entry: &EntryPoint) -> Result<Vec<(u16, VcpuFd)>, HypervisorError> {
+        let create = |vcpu| Ok((vcpu, self.create_one(vm, vcpu, Some(entry).filter(|_| vcpu == 0))?));
+        (0..self.at_boot).map(create).collect()
+    }
+
+    /// Creates vCPUs that go on from these states.
+    pub fn restore(&self, vm: &VmFd, saved: &[VcpuState]) -> Result<Vec<(u16, VcpuFd)>, HypervisorError> {
+        let create = |state: &VcpuState| {
+            let fd = self.create_one(vm, state.number, None)?;
+            state.apply(vm, &fd)?;
+            Ok((state.number, fd))
+        };
+        saved.iter().map(create).collect()
+    }
+
+    /// What the guest is told of a processor.
+    pub fn cpuid(&self, vcpu: u16) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.entries(vcpu)
     }
 
     /// Creates one of the others, which waits for the guest to start it.

@@ -4,6 +4,7 @@
 //! are refused, and events are Cloud Hypervisor's. A guest that switches itself off ends the VMM, unless it was told to stay.
 
 mod memory;
+mod snapshot;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,6 +26,7 @@ use crate::machine::{Lifetime, Machine, MachineError, check_some_devices};
 use crate::multicall::Program;
 use crate::orders::{Addition, Completion, Order, Orders, Resize};
 use crate::running::Running;
+use crate::snapshot::{MachineState, Saved};
 use crate::status::{MachineView, Status, VmState};
 use crate::vm_error::VmError;
 
@@ -201,6 +203,8 @@ impl Lifecycle {
             Order::AddDevice(device) => return self.add_device(*device),
             Order::AddEmulated(addition) => return self.add_emulated(addition),
             Order::ResizeDisk { id, size } => self.resize_disk(&id, size)?,
+            Order::Snapshot(url) => self.snapshot(&url)?,
+            Order::Restore(restore) => self.restore(&restore)?,
             Order::RemoveDevice(id) => self.remove_device(&id)?,
             Order::PowerPolicy(id, change) => return self.change_policy(id, &change),
             Order::End => {}
@@ -239,7 +243,24 @@ impl Lifecycle {
             return if vm.paused { self.resume() } else { Err(VmError::Already { state: "running" }) };
         }
         vm.config.validate()?;
-        let mut config = vm.config.clone();
+        let config = vm.config.clone();
+        let (config, lifetime) = self.prepare(config, None)?;
+        let running = self.start(&config, &lifetime, None)?;
+        let vm = self.vm()?;
+        vm.config = config;
+        vm.machine = Some((running, lifetime));
+        vm.paused = false;
+        vm.changed.clear();
+        self.events.tell("vm", "booted");
+        Ok(())
+    }
+
+    /// Opens what is behind the devices of a machine, and gives all of them names. `saved`: what it goes on from.
+    fn prepare(
+        &self,
+        mut config: VmConfig,
+        saved: Option<&MachineState>,
+    ) -> Result<(VmConfig, Lifetime), VmError> {
         config.name_devices();
         let console = Backend::open(&config.serial.serial_mode()).map_err(MachineError::from)?;
         if let Some(path) = console.as_ref().and_then(|console| console.pty_path()) {
@@ -255,7 +276,11 @@ impl Lifecycle {
             announce(&format!("the debug console is at {}", path.display()));
             config.debug_console.file = Some(path.to_owned());
         }
-        let units = make_units(&config, &[], &shared).map_err(MachineError::from)?;
+        let mut units = make_units(&config, &[], &shared).map_err(MachineError::from)?;
+        if let Some(saved) = saved {
+            // Where the guest knows them, whatever has come and gone before.
+            units.iter_mut().for_each(|unit| unit.place = saved.place_of(&unit.id).or(unit.place));
+        }
         if let Some(path) = units.iter().find_map(Unit::terminal) {
             announce(&format!("the console is at {}", path.display()));
             config.console.target.file = Some(path);
@@ -271,24 +296,23 @@ impl Lifecycle {
             latched: Vec::new(),
             units,
             shared,
-            hotplug: self.hotplug,
+            // Who has saved it had the API, and its guest has the tables for that.
+            hotplug: self.hotplug || saved.is_some(),
         };
-        let running = self.start(&config, &lifetime)?;
-        let vm = self.vm()?;
-        vm.config = config;
-        vm.machine = Some((running, lifetime));
-        vm.paused = false;
-        vm.changed.clear();
-        self.events.tell("vm", "booted");
-        Ok(())
+        Ok((config, lifetime))
     }
 
-    /// Builds a machine and starts it, for all to see.
-    fn start(&self, config: &VmConfig, lifetime: &Lifetime) -> Result<Running, VmError> {
+    /// Builds a machine and starts it, for all to see. One that goes on from a snapshot stays paused.
+    fn start(
+        &self,
+        config: &VmConfig,
+        lifetime: &Lifetime,
+        saved: Option<&Saved>,
+    ) -> Result<Running, VmError> {
         let started = Instant::now();
-        let machine = Machine::build(config, lifetime)?;
+        let machine = Machine::build(config, lifetime, saved)?;
         let view = MachineView::new(&machine);
-        let running = Running::start(machine)?;
+        let running = Running::start(machine, saved.map(|saved| saved.machine.clock))?;
         self.status.set_config(Some(config));
         self.status.set_machine(Some(view));
         info!("the machine has been built and started in {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
@@ -311,7 +335,7 @@ impl Lifecycle {
             }
         }
         // Without a machine after all, the VM is one that has been created and no more.
-        let running = self.start(&config, &lifetime).inspect_err(|_| self.status.set_machine(None))?;
+        let running = self.start(&config, &lifetime, None).inspect_err(|_| self.status.set_machine(None))?;
         let vm = self.vm()?;
         for Changed { as_booted, change } in &vm.changed {
             let id = as_booted.id.as_deref().unwrap_or_default();

@@ -10,14 +10,10 @@ use std::sync::Arc;
 use arch::layout::{self, LayoutError, MemoryMap};
 use arch::loader::{BootImages, ImageFile, LoadError, Role};
 use devices::event_device::EventDevice;
-use devices::i8042::{I8042, PORTS as I8042_PORTS};
 use devices::memory_slots::{MemoryInSlot, MemorySlots};
-use devices::pm_timer::{PORTS as PM_TIMER_PORTS, PmTimer};
-use devices::pm1::{PORTS as PM1_PORTS, Pm1Device};
-use devices::reset::{MachineControl, ResetControl, ResetRegister};
-use devices::rtc::{Battery, PORTS as RTC_PORTS, Rtc, RtcError};
-use devices::serial::debug_console::{DebugConsole, PORTS as DEBUG_CONSOLE_PORTS};
-use devices::serial::{Backend, BackendError, PORTS as SERIAL_PORTS, Serial, SerialError};
+use devices::reset::{MachineControl, ResetControl};
+use devices::rtc::{Battery, RtcError};
+use devices::serial::{Backend, BackendError, SerialError};
 use devices::vfio::check::{CheckError, Preflight};
 use devices::vfio::dma::{self, DmaError};
 use devices::vfio::function::Windows;
@@ -30,11 +26,11 @@ use pci::bus::{RootBus, SlotTaken};
 use pci::ecam::{CAM_LEN, Cam};
 use pci::window::BarWindow;
 use vfio_pm::NotifyDevice;
-use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
-use vm_device::device_manager::{IoManager, MmioManager, PioManager};
-use vm_device::{DeviceMmio, DevicePio};
+use vm_device::DevicePio;
+use vm_device::bus::PioAddress;
 
 use crate::assigned::{AssignedError, Assignment, Surroundings, device_paths};
+use crate::buses::Buses;
 use crate::config::{ConfigError, DeviceConfig, VmConfig};
 use crate::control::Control;
 use crate::emulated::{EmulatedError, Shared, Unit};
@@ -44,15 +40,17 @@ use crate::firmware::{self, FirmwareError};
 use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::ioevents::KvmDoorbells;
-use crate::irq::{Gsi, IrqRouter};
+use crate::irq::IrqRouter;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
 use crate::pci_segments::{PciSegments, SegmentFull};
 use crate::places::{Reserve, build_places, check_places};
+use crate::platform::Platform;
 use crate::processors::ProcessorPool;
 use crate::processors::placement::{Placement, PlacementError};
 use crate::remedy::remedy;
+use crate::snapshot::{Saved, SnapshotError};
 use crate::vcpu::VcpuContext;
 
 /// A machine that cannot be built or run.
@@ -129,12 +127,16 @@ pub enum MachineError {
     /// The main loop.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
+    /// A machine that cannot go on from a snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The guest cannot go on, for a reason that is not its own.
     #[error("the machine stopped: {0}; see the host's kernel log")]
     Fault(String),
 }
 
-fn resources(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+/// For `map_err`: something that the host has no more of.
+pub fn resources(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Resources { what, source }
 }
 
@@ -158,43 +160,18 @@ pub struct Lifetime {
     pub(crate) hotplug: bool,
 }
 
-/// The buses while they are filled.
-#[derive(Default)]
-pub(crate) struct Buses(IoManager);
-
-impl Buses {
-    pub(crate) fn mmio(
-        &mut self,
-        name: &'static str,
-        base: u64,
-        size: u64,
-        device: Arc<dyn DeviceMmio + Send + Sync>,
-    ) -> Result<(), MachineError> {
-        let range = MmioRange::new(MmioAddress(base), size).map_err(|_| MachineError::Address(name))?;
-        self.0.register_mmio(range, device).map_err(|_| MachineError::Address(name))
-    }
-
-    fn pio(
-        &mut self,
-        name: &'static str,
-        base: u16,
-        size: u16,
-        device: Arc<dyn DevicePio + Send + Sync>,
-    ) -> Result<(), MachineError> {
-        let range = PioRange::new(PioAddress(base), size).map_err(|_| MachineError::Address(name))?;
-        self.0.register_pio(range, device).map_err(|_| MachineError::Address(name))
-    }
-}
-
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
-    pub(crate) vcpus: Vec<kvm_ioctls::VcpuFd>,
+    pub(crate) vcpus: Vec<(u16, kvm_ioctls::VcpuFd)>,
     pub(crate) placement: Placement,
     pub(crate) processors: ProcessorPool,
     pub(crate) event_loop: EventLoop,
     pub(crate) context: VcpuContext,
-    pub(crate) rtc: Arc<Rtc>,
-    pub(crate) event_device: Arc<EventDevice>,
+    pub(crate) platform: Platform,
+    /// Ports of PCI configuration.
+    pub(crate) config_ports: Arc<ConfigPorts>,
+    /// Whether it was booted with a firmware.
+    pub(crate) is_firmware: bool,
     // The power domains first, since their workers drive the functions' hardware; the functions with the last
     // reference to the buses; then the descriptors, the IOMMU context, and last of all the RAM that it maps.
     pub(crate) assigned: AssignedDevices,
@@ -206,10 +183,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes.
-    pub fn build(config: &VmConfig, lifetime: &Lifetime) -> Result<Self, MachineError> {
+    /// Builds the machine that `config` describes: a new one, or one that goes on from a snapshot.
+    pub fn build(
+        config: &VmConfig,
+        lifetime: &Lifetime,
+        saved: Option<&Saved>,
+    ) -> Result<Self, MachineError> {
         // What can be wrong without a guest is found out before any device is touched.
-        let images = open_images(config)?;
+        let images = if saved.is_none() { Some(open_images(config)?) } else { None };
         let devices = check_devices(config)?;
         let reserve = Reserve {
             hotplug: lifetime.hotplug,
@@ -217,10 +198,17 @@ impl Machine {
             segments: config.segment_count(),
         };
         check_places(&devices, &lifetime.units, reserve)?;
-        let processors = Processors::new(&lifetime.kvm, &config.cpus)?;
+        let processors = match saved {
+            Some(saved) => saved.processors(&lifetime.kvm, &config.cpus)?,
+            None => Processors::new(&lifetime.kvm, &config.cpus)?,
+        };
         let mut map = MemoryMap::new(config.memory.boot_size(), processors.phys_bits())?;
         let zones = memory::plan(&config.memory, config.numa.as_deref(), &mut map)?;
-        if images.kernel.is_firmware()? {
+        let is_firmware = match (&images, saved) {
+            (Some(images), _) => images.kernel.is_firmware()?,
+            (None, saved) => saved.is_some_and(|saved| saved.machine.firmware),
+        };
+        if is_firmware {
             map.lower_mmio64();
         }
 
@@ -228,57 +216,14 @@ impl Machine {
         lifetime.shared.machine.set(Arc::downgrade(&(Arc::clone(&control) as Arc<dyn MachineControl>)));
         let vm = Arc::new(hypervisor::create_vm(&lifetime.kvm)?);
         let memslots = Memslots::new(&lifetime.kvm, Arc::clone(&vm), Arc::clone(&control));
-        let ram = GuestRam::new(zones, &config.memory, &memslots)?;
+        let ram = GuestRam::new(zones, &config.memory, &memslots, saved.and_then(|saved| saved.content()))?;
         hypervisor::create_interrupt_controllers(&vm)?;
         let router = IrqRouter::new(Arc::clone(&vm));
-        let as_control = || Arc::clone(&control) as Arc<dyn MachineControl>;
 
         let mut buses = Buses::default();
         let mut subscribers: Vec<Subscriber> = Vec::new();
-        let line = |gsi: u32| {
-            router.edge_line(Gsi(gsi)).map_err(resources("the interrupt line of a platform device"))
-        };
-
-        if let Some(backend) = &lifetime.console {
-            let serial = Arc::new(Serial::new(line(layout::SERIAL_GSI)?, Arc::clone(backend))?);
-            buses.pio("serial port", layout::SERIAL_PORT, SERIAL_PORTS, Arc::clone(&serial) as _)?;
-            subscribers.push(serial);
-        }
-        if let Some(backend) = &lifetime.debug_console {
-            let console = Arc::new(DebugConsole::new(Arc::clone(backend)));
-            let port = config.debug_console.port();
-            buses.pio("debug console", port, DEBUG_CONSOLE_PORTS, Arc::clone(&console) as _)?;
-            subscribers.push(console);
-        }
-        buses.pio("PM timer", layout::PM_TIMER_PORT, PM_TIMER_PORTS, Arc::new(PmTimer::new()))?;
-        let pm1 = Arc::new(Pm1Device::new(line(layout::SCI_GSI)?, as_control()));
-        let alarm = Arc::clone(&pm1);
-        let rtc = Rtc::new(line(layout::RTC_GSI)?, lifetime.battery.clone())?;
-        let rtc = Arc::new(rtc.on_alarm(move || alarm.clock_alarm()));
-        buses.pio("real-time clock", layout::CMOS_PORT, RTC_PORTS, Arc::clone(&rtc) as _)?;
-        subscribers.push(Arc::clone(&rtc) as _);
-        buses.pio("PM1 registers", layout::PM1_EVENT_PORT, PM1_PORTS, pm1)?;
-        buses.pio(
-            "keyboard controller",
-            layout::I8042_PORT,
-            I8042_PORTS,
-            Arc::new(I8042::new(as_control())),
-        )?;
-        buses.mmio(
-            "reset register",
-            layout::RESET_REGISTER.start.0,
-            layout::RESET_REGISTER.len,
-            Arc::new(ResetRegister::new(as_control())),
-        )?;
-        let events = EventDevice::new(line(layout::EVENT_DEVICE_GSI)?, Arc::clone(&control) as _);
-        let events = Arc::new(events.with_segments(config.segment_count()));
-        buses.mmio(
-            "event device",
-            layout::EVENT_DEVICE.start.0,
-            layout::EVENT_DEVICE.len,
-            Arc::clone(&events) as _,
-        )?;
-
+        let platform = Platform::new(config, lifetime, &router, &control, &mut buses, &mut subscribers)?;
+        let events = Arc::clone(&platform.event_device);
         let sink = Arc::clone(&control) as _;
         let processors = ProcessorPool::new(processors, Arc::clone(&vm), lifetime.hotplug, &events, sink);
         if let Some(device) = processors.device() {
@@ -288,8 +233,16 @@ impl Machine {
         let memory_slots = memory_slots(&ram, &events, &mut buses)?;
 
         // Before any device is opened, so that a kernel that is none leaves the devices as they were.
-        let mut entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
-        let low_ram_end = map.low_ram_end();
+        let loaded = match images {
+            Some(images) => {
+                let entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
+                Some((images, entry, map.low_ram_end()))
+            }
+            None => None,
+        };
+        if let Some(saved) = saved {
+            saved.fill(&ram)?;
+        }
 
         let windows = bar_windows(&map, &mut buses)?;
         let around = Surroundings {
@@ -308,10 +261,15 @@ impl Machine {
         drop(handles);
         let segments = PciSegments::new(&places, &map, &config.segments())?;
         segments.register(&mut buses)?;
-        if let Some(bus) = segments.buses().into_iter().next() {
-            let ports = Arc::new(ConfigPorts::new(bus, as_control()));
-            buses.pio("PCI configuration ports", layout::PCI_CONFIG_PORT, CAM_LEN, ports)?;
-        }
+        let bus = segments.buses().into_iter().next();
+        let bus = bus.ok_or(MachineError::Address("first PCI segment"))?;
+        let config_ports = Arc::new(ConfigPorts::new(bus, Arc::clone(&control) as _));
+        buses.pio(
+            "PCI configuration ports",
+            layout::PCI_CONFIG_PORT,
+            CAM_LEN,
+            Arc::clone(&config_ports) as _,
+        )?;
         let notify = Arc::new(NotifyDevice::new(Vec::new()));
         buses.mmio(
             "power notification device",
@@ -334,41 +292,55 @@ impl Machine {
             ),
             identity: config.platform.clone().unwrap_or_default().identity()?,
         };
-        let rsdp = firmware::write(ram.memory(), &mut map, description)?;
-        if (rsdp, map.low_ram_end()) != (layout::RSDP, low_ram_end) {
-            // The tables have turned out large and took the top of low RAM.
-            entry = arch::loader::load(ram.memory(), &map, &images, rsdp)?;
-        }
-        arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
-        let vcpus = processors.processors().create(&vm, &entry)?;
+        let vcpus = match (loaded, saved) {
+            (Some((images, mut entry, low_ram_end)), _) => {
+                let rsdp = firmware::write(ram.memory(), &mut map, description)?;
+                if (rsdp, map.low_ram_end()) != (layout::RSDP, low_ram_end) {
+                    // The tables have turned out large and took the top of low RAM.
+                    entry = arch::loader::load(ram.memory(), &map, &images, rsdp)?;
+                }
+                arch::boot::write_tables(&entry, ram.memory()).map_err(HypervisorError::from)?;
+                processors.processors().create(&vm, &entry)?
+            }
+            // Its tables are in its memory.
+            (None, Some(saved)) => processors.processors().restore(&vm, &saved.machine.vcpus)?,
+            (None, None) => Vec::new(),
+        };
         let placement = Placement::new(&config.cpus);
 
         let close_bars = Arc::new(CloseBars::default());
         let context = VcpuContext {
-            io: Arc::new(buses.0),
+            io: buses.finish(),
             control: Arc::clone(&control),
             faults: Arc::clone(&close_bars) as _,
         };
         let board =
             Board { buses: segments.buses(), notify, event_device: Arc::clone(&events), close_bars, around };
         let assigned = AssignedDevices::new(places, board, iommu)?;
-        segments.program();
+        if saved.is_none() {
+            segments.program();
+        }
         let orders = Arc::clone(&lifetime.orders);
         let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
-        Ok(Self {
+        let mut machine = Self {
             vcpus,
             placement,
             processors,
             event_loop,
             context,
-            rtc,
-            event_device: events,
+            platform,
+            config_ports,
+            is_firmware,
             assigned,
             memory_slots,
             ram,
             vm,
             plan: segments.into_plan(),
-        })
+        };
+        if let Some(saved) = saved {
+            saved.machine.apply(&mut machine)?;
+        }
+        Ok(machine)
     }
 }
 
@@ -471,7 +443,7 @@ fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineErr
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in the middle of it.
-struct ConfigPorts {
+pub struct ConfigPorts {
     cam: Cam,
     reset: ResetControl,
 }
@@ -479,6 +451,16 @@ struct ConfigPorts {
 impl ConfigPorts {
     fn new(bus: Arc<RootBus>, control: Arc<dyn MachineControl>) -> Self {
         Self { cam: Cam::new(bus), reset: ResetControl::new(control) }
+    }
+
+    /// What the guest has written to the address register.
+    pub fn address(&self) -> u32 {
+        self.cam.address()
+    }
+
+    /// Writes the address register.
+    pub fn set_address(&self, address: u32) {
+        self.cam.set_address(address);
     }
 
     fn is_reset(offset: u16, len: usize) -> bool {

@@ -6,6 +6,7 @@
 
 mod api;
 mod assigned;
+mod buses;
 mod cli;
 mod client;
 mod config;
@@ -36,10 +37,12 @@ mod output;
 mod panic_events;
 mod pci_segments;
 mod places;
+mod platform;
 mod power_events;
 mod processors;
 mod remedy;
 mod running;
+mod snapshot;
 mod sockets;
 mod status;
 mod table;
@@ -128,6 +131,9 @@ fn run_vmm(
     if let Some(config) = &config {
         config.validate()?;
     }
+    if let Some(restore) = &options.restore {
+        restore.validate()?;
+    }
     heap::keep_little();
     if let Err(e) = rustix::thread::set_name(logger::MAIN_THREAD) {
         log::debug!("the main thread keeps its name: {e}");
@@ -155,6 +161,14 @@ fn run_vmm(
     let mut lifecycle = Lifecycle::new(kvm, signals, orders, status, events, options);
     if let Some(config) = config {
         lifecycle.create_and_boot(*config).map_err(VmError::into_cause)?;
+    }
+    if let Some(restore) = &options.restore {
+        if options.api_socket.is_none() && !restore.resume {
+            log::warn!(
+                "--restore: the VM stays paused, and without an --api-socket nobody can resume it; add resume=on"
+            );
+        }
+        lifecycle.restore(restore).map_err(VmError::into_cause)?;
     }
     let result = lifecycle.run();
     api.send_last_answers();

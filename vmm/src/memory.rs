@@ -8,6 +8,7 @@
 //! numa       what the affinity tables say of it
 //! ```
 
+use std::fs::File;
 use std::sync::Arc;
 
 use arch::layout::AddressRange;
@@ -18,6 +19,7 @@ use vm_memory::{
 
 use crate::config::{HotplugMethod, MemoryConfig};
 use crate::memslot::{Memslot, MemslotError, Memslots};
+use crate::snapshot::ram::SavedRange;
 
 mod backing;
 pub mod growth;
@@ -71,19 +73,38 @@ pub struct GuestRam {
     zones: Vec<Zone>,
     added: Vec<Added>,
     memslots: Arc<Memslots>,
+    content: Option<Content>,
+}
+
+/// Where the content of RAM comes from when the guest first touches it: a file that must not change meanwhile.
+#[derive(Clone, Debug)]
+pub struct Content {
+    /// The file.
+    pub file: Arc<File>,
+    /// What is where.
+    pub ranges: Vec<SavedRange>,
+}
+
+impl Content {
+    /// Where in the file the content of a range is, if it is all there, and in one piece.
+    fn offset_of(&self, range: AddressRange) -> Option<u64> {
+        crate::snapshot::ram::offset_of(&self.ranges, range.start.0, range.len)
+    }
 }
 
 impl GuestRam {
-    /// Maps the RAM of all zones and registers it, with what of their ranges for growth is to be there from the start.
+    /// Maps the RAM of all zones and registers it, with what of their ranges for growth is to be there from the start. `content`: where that of
+    /// private memory is read from when it is first touched.
     pub fn new(
         zones: Vec<Zone>,
         config: &MemoryConfig,
         memslots: &Arc<Memslots>,
+        content: Option<Content>,
     ) -> Result<Self, MemoryError> {
         let mut regions = Vec::new();
         for zone in &zones {
             for part in &zone.parts {
-                regions.push(Arc::new(backing::map(zone, part.range, part.offset)?));
+                regions.push(Arc::new(backing::map(zone, part.range, part.offset, content.as_ref())?));
             }
         }
         let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(MemoryError::Layout)?;
@@ -96,6 +117,7 @@ impl GuestRam {
             zones,
             added: Vec::new(),
             memslots: Arc::clone(memslots),
+            content,
         };
         if config.hotplug_method == HotplugMethod::Acpi {
             for zone in 0..ram.zones.len() {
@@ -107,6 +129,29 @@ impl GuestRam {
             }
         }
         Ok(ram)
+    }
+
+    /// The zone that the RAM at this address is of.
+    fn zone_at(&self, address: u64) -> Option<&Zone> {
+        let contains = |range: &AddressRange| range.start.0 <= address && address < range.end().0;
+        self.zones.iter().find(|zone| {
+            zone.parts.iter().any(|part| contains(&part.range)) || zone.hotplug.as_ref().is_some_and(contains)
+        })
+    }
+
+    /// Whether the RAM at this address is a file of the user's, and what the guest writes is in it.
+    pub fn is_users_file(&self, address: u64) -> bool {
+        self.zone_at(address).is_some_and(|zone| zone.config.file.is_some() && zone.config.shared)
+    }
+
+    /// Whether the RAM at this address has a file of the user's behind it: it need not be all zero when it is new.
+    pub fn has_file(&self, address: u64) -> bool {
+        self.zone_at(address).is_some_and(|zone| zone.config.file.is_some())
+    }
+
+    /// Whether the content of the RAM at this address came with it.
+    pub fn has_content(&self, address: u64) -> bool {
+        self.content.is_some() && self.zone_at(address).is_some_and(Zone::is_private)
     }
 
     /// What the guest starts with: for what is put there before it runs.
@@ -158,7 +203,7 @@ impl GuestRam {
         };
         let start = zone.hotplug.map_or(range.start.0, |hotplug| hotplug.start.0);
         let offset = zone.config.size.saturating_add(range.start.0.saturating_sub(start));
-        Ok(Arc::new(backing::map(zone, range, offset)?))
+        Ok(Arc::new(backing::map(zone, range, offset, self.content.as_ref())?))
     }
 
     /// Gives mapped memory of a zone to the guest: a memory slot, and a place in the space that devices see. Nothing is left of it if it

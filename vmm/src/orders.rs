@@ -11,7 +11,7 @@ use log::error;
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_pm::PolicyChange;
 
-use crate::config::{DeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, RestoreConfig, VmConfig};
 use crate::vm_error::VmError;
 
 /// One thing to do. Cloud Hypervisor's names, where it has the same.
@@ -50,6 +50,10 @@ pub enum Order {
         /// Bytes.
         size: u64,
     },
+    /// Write the paused machine to this directory, an URL.
+    Snapshot(String),
+    /// Go on from such a directory.
+    Restore(Box<RestoreConfig>),
     /// Take a device out again.
     RemoveDevice(String),
     /// Change how a device's power is handled.

@@ -12,8 +12,9 @@ use pci::bus::{RootBus, RootBusBuilder};
 use pci::ecam::{ECAM_LEN, Ecam};
 use pci::host_bridge::HostBridge;
 
+use crate::buses::Buses;
 use crate::config::PciSegmentConfig;
-use crate::machine::{Buses, MachineError};
+use crate::machine::MachineError;
 use crate::places::Place;
 
 /// BARs that a segment has no room for.

@@ -226,7 +226,17 @@ pub fn build_places(
 impl Place {
     /// Where it is.
     pub fn address(&self) -> PlaceAddress {
-        PlaceAddress { segment: self.segment, device: self.seat.device() }
+        PlaceAddress { segment: self.segment, device: self.device() }
+    }
+
+    /// Its device number on bus 0, or that of its root port.
+    pub fn device(&self) -> u8 {
+        self.seat.device()
+    }
+
+    /// Whether the guest has been asked to let go of what is here.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
     }
 
     /// The power resources that the tables give to what is put here.

@@ -12,6 +12,8 @@ pub fn remedy(error: &io::Error) -> &'static str {
         Some(libc::ENOMEM) => "free memory on the host, or give the guest less",
         Some(libc::EAGAIN) => "raise the limit on processes (ulimit -u, or TasksMax= in a service)",
         Some(libc::EPERM | libc::EACCES) => "run as root, or as a user who may do it",
+        Some(libc::ENOENT | libc::ENOTDIR) => "check the path",
+        Some(libc::ENOSPC | libc::EDQUOT) => "make room on that file system",
         _ => "the host's kernel log (dmesg) may say more",
     }
 }

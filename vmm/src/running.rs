@@ -1,8 +1,11 @@
 //! A machine that runs: waiting for what happens to it, what an operator does to it, and taking it apart in order.
 
+use std::fs::File;
+
 use acpi::event_abi::{Event, PlaceAddress};
 use devices::rtc::Rtc;
 use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::Kvm;
 use log::{debug, info, warn};
 use vfio_pm::{ControlError, Policy, PolicyChange};
 
@@ -13,6 +16,8 @@ use crate::hotplug::{AssignedDevices, Moved};
 use crate::hypervisor;
 use crate::machine::{Lifetime, Machine, MachineError};
 use crate::processors::ResizeError;
+use crate::snapshot::vcpu::VcpuReader;
+use crate::snapshot::{MachineState, SnapshotError, ram};
 use crate::vcpu::Vcpus;
 
 /// A machine whose vCPUs run or are paused.
@@ -24,12 +29,29 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts the vCPUs.
-    pub fn start(mut machine: Machine) -> Result<Self, MachineError> {
+    /// Starts the vCPUs. With a `stopped_clock` they are paused: the guest goes on with that in [`Self::resume`].
+    pub fn start(mut machine: Machine, stopped_clock: Option<kvm_clock_data>) -> Result<Self, MachineError> {
         let vcpus = std::mem::take(&mut machine.vcpus);
-        let vcpus = Vcpus::start(vcpus, &machine.context, machine.placement.clone())?;
-        info!("the guest runs");
-        Ok(Self { vcpus: Some(vcpus), stopped_clock: None, machine })
+        let paused = stopped_clock.is_some();
+        let vcpus = Vcpus::start(vcpus, &machine.context, machine.placement.clone(), paused)?;
+        info!("the guest {}", if paused { "is paused where it was saved" } else { "runs" });
+        Ok(Self { vcpus: Some(vcpus), stopped_clock, machine })
+    }
+
+    /// Writes the content of memory, which is what the guest had when it was paused, and returns all else.
+    ///
+    /// # Errors
+    /// It is not paused, or cannot be saved.
+    pub fn save(&self, kvm: &Kvm, memory: &File) -> Result<MachineState, SnapshotError> {
+        let (Some(clock), Some(vcpus)) = (self.stopped_clock, &self.vcpus) else {
+            return Err(SnapshotError::NotPaused);
+        };
+        let vcpus = vcpus.read(VcpuReader::new(kvm, &self.machine.vm)?)?;
+        let ranges = ram::ranges(&self.machine.ram);
+        let state = MachineState::save(&self.machine, vcpus, clock, ranges)?;
+        ram::write(&self.machine.ram, &state.ram, memory)
+            .map_err(|source| SnapshotError::Memory { source })?;
+        Ok(state)
     }
 
     /// Waits until the machine is to stop or there are orders.
@@ -71,7 +93,7 @@ impl Running {
 
     /// Asks the guest to switch itself off.
     pub fn press_power_button(&self) {
-        self.machine.event_device.raise(Event::PowerButton);
+        self.machine.platform.event_device.raise(Event::PowerButton);
     }
 
     /// Sends a non-maskable interrupt to the first vCPU.
@@ -147,7 +169,7 @@ impl Running {
         if let Some(vcpus) = self.vcpus.take() {
             vcpus.stop();
         }
-        lifetime.battery = Rtc::battery(&self.machine.rtc);
+        lifetime.battery = Rtc::battery(&self.machine.platform.rtc);
         lifetime.latched.clear();
         for slot in self.machine.assigned.slots() {
             slot.domain.shutdown();

@@ -4,10 +4,11 @@
 //! can cause never ends the machine: accesses that nobody serves read all ones, and a vCPU that finds guest
 //! memory gone (a BAR whose device the host took away) closes those BARs and goes on.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::control::{Control, StopReason};
 use crate::processors::placement::{Placement, PlacementError};
+use crate::snapshot::SnapshotError;
+use crate::snapshot::vcpu::{VcpuReader, VcpuState};
 
 /// Stack of a vCPU's thread. The customary 2 MiB would be one huge page, and all of it resident at the first touch.
 const STACK_BYTES: usize = 512 << 10;
@@ -62,8 +65,23 @@ enum Mode {
 #[derive(Debug, Default)]
 struct Turnstile {
     mode: AtomicU8,
-    parked: Mutex<usize>,
+    parked: Mutex<Parked>,
     changed: Condvar,
+}
+
+/// Threads that have stopped for a pause.
+#[derive(Debug, Default)]
+struct Parked {
+    count: usize,
+    /// Those whose vCPU's state is wanted, or there.
+    readings: BTreeMap<u16, Reading>,
+}
+
+/// The state of a vCPU, which its thread reads.
+#[derive(Debug)]
+enum Reading {
+    Wanted(Arc<VcpuReader>),
+    Done(Result<VcpuState, SnapshotError>),
 }
 
 impl Turnstile {
@@ -84,19 +102,40 @@ impl Turnstile {
         self.changed.notify_all();
     }
 
-    /// Waits for the end of a pause, or until this one is to leave.
-    fn park(&self, leaves: &AtomicBool) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        *parked += 1;
+    fn lock(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end of a pause, or until this one is to leave. Reads the vCPU's state meanwhile, if somebody wants it.
+    fn park(
+        &self,
+        number: u16,
+        leaves: &AtomicBool,
+        mut read: impl FnMut(&VcpuReader) -> Result<VcpuState, SnapshotError>,
+    ) {
+        let mut parked = self.lock();
+        parked.count += 1;
         self.changed.notify_all();
-        let waits = |_: &mut usize| self.is(Mode::Pause) && !leaves.load(Ordering::SeqCst);
-        parked = self.changed.wait_while(parked, waits).unwrap_or_else(PoisonError::into_inner);
-        *parked -= 1;
+        loop {
+            if let Some(Reading::Wanted(reader)) = parked.readings.get(&number) {
+                let reader = Arc::clone(reader);
+                drop(parked);
+                let result = read(&reader);
+                parked = self.lock();
+                parked.readings.insert(number, Reading::Done(result));
+                self.changed.notify_all();
+            } else if self.is(Mode::Pause) && !leaves.load(Ordering::SeqCst) {
+                parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                break;
+            }
+        }
+        parked.count -= 1;
         self.changed.notify_all();
     }
 
     fn parked(&self) -> usize {
-        *self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lock().count
     }
 }
 
@@ -117,20 +156,24 @@ pub struct Vcpus {
     placement: Placement,
 }
 
+/// How often a vCPU whose state is wanted is looked at, for whether it has ended.
+const READING_INTERVAL: Duration = Duration::from_millis(100);
+
 /// How often a vCPU that is still in the guest is called out of it.
 const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
 extern "C" fn kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts one thread for each of `vcpus`, which are the first ones of the machine.
+    /// Starts one thread for each of `vcpus`, which have their numbers. `paused`: they are not to enter the guest before [`Self::resume`].
     ///
     /// # Errors
     /// There is no thread to be had, or it cannot run where it is to.
     pub fn start(
-        vcpus: Vec<VcpuFd>,
+        vcpus: Vec<(u16, VcpuFd)>,
         context: &VcpuContext,
         placement: Placement,
+        paused: bool,
     ) -> Result<Self, PlacementError> {
         // The signal's only work is to end KVM_RUN.
         register_signal_handler(SIGRTMIN(), kick)
@@ -142,8 +185,11 @@ impl Vcpus {
             context: context.clone(),
             placement,
         };
+        if paused {
+            started.turnstile.set(Mode::Pause);
+        }
         // The first vCPU starts the others, so it goes last: then they are all there.
-        for (number, fd) in (0..).zip(vcpus).collect::<Vec<_>>().into_iter().rev() {
+        for (number, fd) in vcpus.into_iter().rev() {
             if let Err((e, _)) = started.add(number, fd) {
                 started.stop();
                 return Err(e);
@@ -201,6 +247,39 @@ impl Vcpus {
             let ended = threads.iter().filter(|thread| thread.has_ended()).count();
             self.turnstile.parked() + ended >= threads.len()
         });
+    }
+
+    /// Reads the states of all vCPUs, which are paused.
+    ///
+    /// # Errors
+    /// One cannot be read, or has stopped.
+    pub fn read(&self, reader: VcpuReader) -> Result<Vec<VcpuState>, SnapshotError> {
+        let reader = Arc::new(reader);
+        let numbers: Vec<u16> = self.threads.iter().map(|thread| thread.number).collect();
+        let mut parked = self.turnstile.lock();
+        let wanted = numbers.iter().map(|number| (*number, Reading::Wanted(Arc::clone(&reader))));
+        parked.readings = wanted.collect();
+        self.turnstile.changed.notify_all();
+        let is_wanted = |reading: &Reading| matches!(reading, Reading::Wanted(_));
+        while parked.readings.values().any(is_wanted) {
+            // One that has ended answers nothing.
+            let ended = |number: &u16| {
+                self.threads.iter().any(|thread| thread.number == *number && thread.has_ended())
+            };
+            if let Some(number) = numbers.iter().find(|number| ended(number)) {
+                parked.readings.clear();
+                return Err(SnapshotError::Vcpu(*number));
+            }
+            let waited = self.turnstile.changed.wait_timeout(parked, READING_INTERVAL);
+            parked = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let readings = std::mem::take(&mut parked.readings);
+        drop(parked);
+        let states = readings.into_values().filter_map(|reading| match reading {
+            Reading::Done(result) => Some(result),
+            Reading::Wanted(_) => None,
+        });
+        states.collect()
     }
 
     /// Lets paused vCPUs go on.
@@ -282,7 +361,8 @@ impl Vcpu {
             if self.turnstile.is(Mode::Pause) {
                 // So that the guest's watchdogs do not take the pause for a hang. A guest without a KVM clock has none to tell.
                 let _unused_clock = self.fd.kvmclock_ctrl();
-                self.turnstile.park(&self.leaves);
+                let (turnstile, leaves) = (Arc::clone(&self.turnstile), Arc::clone(&self.leaves));
+                turnstile.park(self.number, &leaves, |reader| self.read(reader));
                 continue;
             }
             if self.nmi.as_ref().is_some_and(|nmi| nmi.swap(false, Ordering::SeqCst))
@@ -315,6 +395,28 @@ impl Vcpu {
                 return self.fd;
             }
         }
+    }
+
+    /// Reads the state, after what the guest was in the middle of: the rest of an access that has left the guest is done when KVM runs the vCPU
+    /// again, and is no part of the state.
+    fn read(&mut self, reader: &VcpuReader) -> Result<VcpuState, SnapshotError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let ended = loop {
+            match self.step() {
+                Ok(Next::Run) => {}
+                Ok(Next::Stop(reason)) => {
+                    self.context.control.stop(reason);
+                    break Err(SnapshotError::Vcpu(self.number));
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                    break Ok(());
+                }
+                Err(_) => break Err(SnapshotError::Vcpu(self.number)),
+            }
+        };
+        self.fd.set_kvm_immediate_exit(0);
+        ended?;
+        Ok(reader.read(self.number, &self.fd)?)
     }
 
     fn step(&mut self) -> io::Result<Next> {

@@ -5,6 +5,7 @@ use vfio_pm::ControlError;
 use crate::config::ConfigError;
 use crate::machine::MachineError;
 use crate::processors::ResizeError;
+use crate::snapshot::SnapshotError;
 
 /// An order that is not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum VmError {
     /// The machine cannot be built or run.
     #[error("the machine cannot be built or run")]
     Machine(#[from] MachineError),
+    /// A snapshot that cannot be written or used.
+    #[error("the snapshot cannot be used")]
+    Snapshot(#[from] SnapshotError),
     /// No device of that name.
     #[error("there is no device {id:?}; vm.info lists those there are")]
     UnknownDevice {
@@ -90,6 +94,7 @@ impl VmError {
     pub fn into_cause(self) -> Box<dyn std::error::Error> {
         match self {
             Self::Config(cause) => cause.into(),
+            Self::Snapshot(cause) => cause.into(),
             Self::Machine(cause) => cause.into(),
             other => other.into(),
         }

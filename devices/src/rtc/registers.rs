@@ -2,6 +2,8 @@
 //!
 //! Pure: every function is told the host's time, and says when it next wants to be asked. Times are nanoseconds.
 
+use serde::{Deserialize, Serialize};
+
 use super::calendar::DateTime;
 
 const SECONDS: u8 = 0x00;
@@ -72,12 +74,44 @@ impl Default for Battery {
 }
 
 /// The clock is standing still.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Stopped {
     /// The guest has written a time.
     set: bool,
     /// The divider chain has been in reset.
     divider: bool,
+}
+
+/// A number of nanoseconds as whole seconds and the rest, for formats that have no numbers of 128 bits.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Nanoseconds(i64, u32);
+
+impl From<i128> for Nanoseconds {
+    fn from(nanoseconds: i128) -> Self {
+        Self(
+            i64::try_from(nanoseconds.div_euclid(SECOND)).unwrap_or(0),
+            u32::try_from(nanoseconds.rem_euclid(SECOND)).unwrap_or(0),
+        )
+    }
+}
+
+impl From<Nanoseconds> for i128 {
+    fn from(Nanoseconds(seconds, rest): Nanoseconds) -> Self {
+        Self::from(seconds) * SECOND + Self::from(rest)
+    }
+}
+
+/// What is saved of the chip. Its clock goes on with the host's.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RtcState {
+    bytes: Vec<u8>,
+    /// How far the guest's clock is ahead of the host's.
+    offset: Nanoseconds,
+    /// Up to when the flags are worked out.
+    seen: Nanoseconds,
+    index: u8,
+    flags: u8,
+    stopped: Option<Stopped>,
 }
 
 /// The chip.
@@ -105,6 +139,29 @@ impl Registers {
 
     pub(super) fn battery(&self) -> Battery {
         self.battery.clone()
+    }
+
+    pub(super) fn save(&self) -> RtcState {
+        RtcState {
+            bytes: self.battery.bytes.to_vec(),
+            offset: self.battery.offset.into(),
+            seen: self.seen.into(),
+            index: self.index,
+            flags: self.flags,
+            stopped: self.stopped,
+        }
+    }
+
+    /// As saved. What the clock has come to since comes to the guest at the next look.
+    pub(super) fn restored(saved: &RtcState) -> Option<Self> {
+        let bytes = saved.bytes.as_slice().try_into().ok()?;
+        Some(Self {
+            battery: Battery { bytes, offset: saved.offset.into() },
+            index: saved.index & 0x7f,
+            flags: saved.flags & SOURCES,
+            stopped: saved.stopped,
+            seen: saved.seen.into(),
+        })
     }
 
     pub(super) fn select(&mut self, index: u8) {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use crate::emulated::Saved;
+
 use super::Memory;
 use super::queue::ActiveQueue;
 use super::ring::RingError;
@@ -133,9 +135,6 @@ impl DeviceError {
         move |source| Self::Host { what, source }
     }
 }
-
-/// What is saved of a device and of no transport.
-pub type Saved = serde_json::Value;
 
 /// A device that a transport can stand before. It outlives resets of itself and of the machine, and is one device all the time: what is behind it
 /// (a file, a tap, a socket) stays open.

@@ -17,6 +17,7 @@ mod capabilities;
 pub mod common;
 mod doorbells;
 pub mod interrupts;
+mod saved;
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -41,10 +42,10 @@ use self::doorbells::Doorbells;
 pub use self::doorbells::{Doorbell, DoorbellMapper};
 use self::interrupts::PciInterrupts;
 use super::Memory;
-use super::device::{Activation, Active, DeviceError, DeviceType, F_VERSION_1, Saved, VirtioDevice};
+use super::device::{Activation, Active, DeviceError, DeviceType, F_VERSION_1, VirtioDevice};
 use super::queue::{ActiveQueue, Ring};
 use super::ring::{RingPosition, SharedPosition};
-use crate::emulated::EmulatedFunction;
+use crate::emulated::{EmulatedFunction, Saved};
 
 /// The one BAR.
 const BAR: BarIndex = 0;
@@ -137,6 +138,8 @@ struct Inner {
     /// The driver has asked for a reset, and the device has not stopped yet.
     resetting: bool,
     paused: bool,
+    /// It was restored, and the driver may wait for what was signalled and not heard.
+    restored: bool,
 }
 
 impl VirtioPci {
@@ -192,6 +195,7 @@ impl VirtioPci {
                 active: None,
                 resetting: false,
                 paused: false,
+                restored: false,
             }),
         }))
     }
@@ -199,14 +203,6 @@ impl VirtioPci {
     /// The device.
     pub fn device(&self) -> &Arc<dyn VirtioDevice> {
         &self.device
-    }
-
-    /// What of the device itself must go on elsewhere as it is here.
-    ///
-    /// # Errors
-    /// See [`VirtioDevice::save`].
-    pub fn save_device(&self) -> Result<Saved, String> {
-        self.device.save()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -470,7 +466,11 @@ impl EmulatedFunction for VirtioPci {
         inner.paused = false;
         if let Some(active) = &inner.active {
             active.resume();
+            if inner.restored {
+                self.signal_all(&inner);
+            }
         }
+        inner.restored = false;
     }
 
     fn shutdown(&self) {
@@ -481,6 +481,14 @@ impl EmulatedFunction for VirtioPci {
         };
         drop(active);
         drop(placement);
+    }
+
+    fn save(&self) -> Result<Saved, String> {
+        self.save_function()
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), String> {
+        self.restore_function(saved)
     }
 
     fn memory_changed(&self) {

@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vfio_pm::PolicyChange;
@@ -11,7 +12,8 @@ use vfio_pm::PolicyChange;
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
 use crate::config::{
-    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig,
+    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RestoreConfig,
+    VmConfig, VsockConfig, from_json,
 };
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
@@ -92,8 +94,8 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
     ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Body(add_vsock)),
     ("vm.resize-disk", "The disk could not be resized", Endpoint::Body(resize_disk)),
     ("vm.resize-zone", "The memory zone could not be resized", Endpoint::Body(resize_zone)),
-    ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Absent("snapshots")),
-    ("vm.restore", "The VM could not be restored", Endpoint::Absent("snapshots")),
+    ("vm.snapshot", "The VM could not be snapshotted", Endpoint::Body(snapshot)),
+    ("vm.restore", "The VM could not be restored", Endpoint::BodyAndFiles(restore)),
     ("vm.coredump", "The VM could not be dumped", Endpoint::Absent("core dumps")),
     ("vm.receive-migration", "The VM could not be received", Endpoint::Absent("live migration")),
     ("vm.send-migration", "The VM could not be sent", Endpoint::Absent("live migration")),
@@ -191,22 +193,8 @@ fn place(api: &Api, order: Order) -> Result<Answer, Failure> {
 }
 
 /// A body in its typed form; null fields are left out first, since clients write them for what they do not mean.
-fn parse<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, Failure> {
-    let wrong = |e: serde_json::Error| Failure::Body(format!("the body cannot be used: {e}"));
-    let mut value: Value = serde_json::from_slice(body).map_err(wrong)?;
-    drop_nulls(&mut value);
-    serde_json::from_value(value).map_err(wrong)
-}
-
-fn drop_nulls(value: &mut Value) {
-    match value {
-        Value::Object(fields) => {
-            fields.retain(|_, field| !field.is_null());
-            fields.values_mut().for_each(drop_nulls);
-        }
-        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
-        _ => {}
-    }
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    from_json(body).map_err(|e| Failure::Body(format!("the body cannot be used: {e}")))
 }
 
 fn create(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
@@ -286,6 +274,22 @@ fn add_vsock(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
     add_emulated(api, move |config| {
         config.vsock.get_or_insert(vsock);
     })
+}
+
+#[derive(Deserialize)]
+struct SnapshotBody {
+    destination_url: String,
+}
+
+fn snapshot(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let SnapshotBody { destination_url } = parse(body)?;
+    place(api, Order::Snapshot(destination_url))
+}
+
+fn restore(api: &Api, body: &[u8], files: Vec<OwnedFd>) -> Result<Answer, Failure> {
+    let mut config = parse::<RestoreConfig>(body)?;
+    config.take_files(files).map_err(|e| Failure::Body(e.to_string()))?;
+    place(api, Order::Restore(Box::new(config)))
 }
 
 #[derive(Deserialize)]

@@ -146,6 +146,9 @@ pub enum ConfigError {
     /// A console that cannot be had.
     #[error(transparent)]
     Console(#[from] super::ConsoleError),
+    /// A way to go on from a snapshot that cannot be used.
+    #[error(transparent)]
+    Restore(#[from] super::RestoreConfigError),
     /// A socket device that makes no sense.
     #[error(transparent)]
     Vsock(#[from] super::VsockConfigError),

@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arch::layout::AddressRange;
 use rustix::fs::MemfdFlags;
@@ -11,6 +12,7 @@ use rustix::mm::Advice;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestRegionMmap, MmapRegion, VolatileMemory};
 
+use super::Content;
 use super::prefault::{self, PrefaultError};
 use super::zones::Zone;
 use crate::remedy::remedy;
@@ -136,8 +138,13 @@ pub enum BackingError {
     },
 }
 
-/// Maps `range` of a zone, which is `offset` bytes into it.
-pub fn map(zone: &Zone, range: AddressRange, offset: u64) -> Result<GuestRegionMmap, BackingError> {
+/// Maps `range` of a zone, which is `offset` bytes into it. Private memory begins as `content` has it; other memory is to be filled.
+pub fn map(
+    zone: &Zone,
+    range: AddressRange,
+    offset: u64,
+    content: Option<&Content>,
+) -> Result<GuestRegionMmap, BackingError> {
     let config = &zone.config;
     let name = || config.id.clone();
     let size = range.len;
@@ -163,6 +170,10 @@ pub fn map(zone: &Zone, range: AddressRange, offset: u64) -> Result<GuestRegionM
         builder = builder.with_file_offset(FileOffset::new(open(zone, path, offset + size)?, offset));
     } else if config.shared {
         builder = builder.with_file_offset(FileOffset::new(memory_file(zone, size, huge)?, 0));
+    } else if let Some((content, offset)) =
+        content.filter(|_| zone.is_private()).and_then(|content| Some((content, content.offset_of(range)?)))
+    {
+        builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(&content.file), offset));
     } else {
         flags |= libc::MAP_ANONYMOUS;
         if let Some(page) = huge {
@@ -174,7 +185,7 @@ pub fn map(zone: &Zone, range: AddressRange, offset: u64) -> Result<GuestRegionM
         bind(&region, node).map_err(|source| BackingError::Node { zone: name(), node, source })?;
     }
     if huge.is_none() {
-        if range.start.0 == 0 {
+        if range.start.0 == 0 && content.is_none() {
             // The first 2 MiB hold boot structures of a few pages. A huge page there would be cleared in whole before the guest's
             // first instruction, which takes longer than all the rest of the start. One small page keeps it away; advice for
             // these 2 MiB alone would split the mapping for good.

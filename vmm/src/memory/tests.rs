@@ -40,7 +40,7 @@ fn zone(keys: &str) -> Zone {
 }
 
 fn map(zone: &Zone) -> Result<GuestRegionMmap, BackingError> {
-    backing::map(zone, range(GIB, 64 * MIB), 0)
+    backing::map(zone, range(GIB, 64 * MIB), 0, None)
 }
 
 /// A file of the test's own, which goes away with it.
@@ -135,7 +135,7 @@ fn a_shared_file_gets_what_the_guest_writes_and_a_private_one_does_not() {
         let file = Scratch::new(&format!("file-{shared}"), 65 * MIB);
         let zone = zone(&format!(",file={},shared={shared}", file.0.display()));
         // A mebibyte into the file, as the second piece of a zone is.
-        let region = backing::map(&zone, range(GIB, 64 * MIB), MIB).unwrap();
+        let region = backing::map(&zone, range(GIB, 64 * MIB), MIB, None).unwrap();
         region.write_obj(7_u8, MemoryRegionAddress(5)).unwrap();
         assert_eq!(fs::read(&file.0).unwrap()[0x10_0005], found, "shared={shared}");
     }

@@ -30,6 +30,13 @@ pub struct Zone {
     pub hotplug: Option<AddressRange>,
 }
 
+impl Zone {
+    /// Whether its RAM is memory that nobody else has and no file is behind.
+    pub fn is_private(&self) -> bool {
+        !self.config.shared && !self.config.hugepages && self.config.file.is_none()
+    }
+}
+
 /// Puts all zones in their places, and keeps the ranges where they may grow free in `map`.
 ///
 /// # Errors

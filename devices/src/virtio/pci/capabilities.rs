@@ -4,6 +4,7 @@
 use pci::cap::{msix, pm};
 use pci::config::{CapabilitySpan, ConfigSpace, NoRoom};
 use pci::regs;
+use serde::{Deserialize, Serialize};
 
 use super::{BAR, COMMON, CONFIG, DOORBELL_STEP, DOORBELLS, ISR, SECTION};
 
@@ -58,7 +59,7 @@ fn describe(config: &mut ConfigSpace, span: CapabilitySpan, len: u16, kind: u8, 
 }
 
 /// VIRTIO_PCI_CAP_PCI_CFG: the driver names a BAR, an offset and a length, and reads or writes there through the data register.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Window {
     /// The capability's bytes from its BAR on, without the data.
     registers: [u8; 12],

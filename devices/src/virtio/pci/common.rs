@@ -91,6 +91,26 @@ impl CommonRegisters {
         *self = Self::new(self.offered, self.queues.iter().map(|queue| queue.max_size).collect());
     }
 
+    /// Takes over what was saved of such registers.
+    ///
+    /// # Errors
+    /// They were another device's, and in what.
+    pub fn restore(&mut self, saved: Self) -> Result<(), String> {
+        let sizes =
+            |registers: &Self| registers.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        let (then, now) = (sizes(&saved), sizes(self));
+        if then != now {
+            return Err(format!("it had queues of {then:?} descriptors and has queues of {now:?}"));
+        }
+        let missing = saved.acknowledged & !self.offered;
+        if missing != 0 {
+            return Err(format!("the guest uses features that it does not have here: {missing:#x}"));
+        }
+        // What is offered is this device's.
+        *self = Self { offered: self.offered, ..saved };
+        Ok(())
+    }
+
     /// Number of queues.
     pub fn queues(&self) -> usize {
         self.queues.len()

@@ -8,17 +8,42 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pci::cap::msix::{MsixCapability, MsixLayout, MsixLayoutError, MsixVectors};
+use pci::cap::msix::{ENTRY_LEN, MsixCapability, MsixLayout, MsixLayoutError, MsixVectors};
 use pci::interrupt::MsiAllocator;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::super::device::Interrupt;
 use super::common::{CommonRegisters, NO_VECTOR};
 use super::complain;
 
+/// Message Control in the MSI-X capability.
+const CONTROL: u16 = 2;
+
 /// Bits of the interrupt status.
 const STATUS_QUEUE: u8 = 1;
 const STATUS_CONFIG: u8 = 2;
+
+/// What is saved of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InterruptState {
+    /// Message Control.
+    control: u16,
+    /// The table, as the guest reads it, 32 bits at a time.
+    table: Vec<u32>,
+    /// Vectors with a signal that is held back.
+    pending: Vec<u16>,
+    status: u8,
+    generation: u8,
+    stopped: bool,
+}
+
+impl InterruptState {
+    /// Whether the device had stopped.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stopped
+    }
+}
 
 /// The interrupts of one function.
 pub struct PciInterrupts {
@@ -99,6 +124,48 @@ impl PciInterrupts {
         self.status.store(0, Ordering::Release);
         self.config_vector.store(NO_VECTOR, Ordering::Release);
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::Release));
+    }
+
+    pub(super) fn save(&self) -> InterruptState {
+        let mut msix = self.msix();
+        let mut control = [0; 2];
+        msix.read(CONTROL, &mut control);
+        let vectors = msix.capability().layout().vectors;
+        let words = u64::from(vectors) * ENTRY_LEN / 4;
+        let table = (0..words).map(|word| {
+            let mut value = [0; 4];
+            msix.table_read(word * 4, &mut value);
+            u32::from_le_bytes(value)
+        });
+        let table = table.collect();
+        let pending = (0..vectors).filter(|vector| {
+            let mut byte = [0];
+            msix.pba_read(u64::from(vector / 8), &mut byte);
+            byte[0] >> (vector % 8) & 1 != 0
+        });
+        let pending = pending.collect();
+        InterruptState {
+            control: u16::from_le_bytes(control),
+            table,
+            pending,
+            status: self.status.load(Ordering::Acquire),
+            generation: self.generation.load(Ordering::Acquire),
+            stopped: self.has_stopped(),
+        }
+    }
+
+    /// As saved. The vectors of the causes are [`Self::set_vectors`]'s.
+    pub(super) fn restore(&self, saved: &InterruptState) {
+        let mut msix = self.msix();
+        for (at, value) in (0..).step_by(4).zip(&saved.table) {
+            let _ = msix.table_write(at, &value.to_le_bytes());
+        }
+        let _ = msix.write(CONTROL, &saved.control.to_le_bytes());
+        saved.pending.iter().for_each(|vector| msix.signal(*vector));
+        drop(msix);
+        self.status.store(saved.status, Ordering::Release);
+        self.generation.store(saved.generation, Ordering::Release);
+        self.stopped.store(saved.stopped, Ordering::Release);
     }
 
     pub(super) fn capability_read(&self, at: u16, data: &mut [u8]) {
