@@ -81,6 +81,8 @@ const LONG: &[&str] = &[
     "a_rate_limit_and_a_group_slow_disks_down",
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
     "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
+    "devices_come_and_go_in_the_second_pci_segment",
+    "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
 ];
 
 /// Whether `--short` leaves a scenario out.
