@@ -358,6 +358,14 @@ mod tests {
     }
 
     #[test]
+    fn a_node_can_have_every_segment_that_there_is_but_the_first() {
+        let mut config = config(&["guest_numa_id=0,pci_segments=[0]", "guest_numa_id=1,pci_segments=[1-2]"]);
+        assert!(validate(&config).unwrap_err().to_string().contains("segment 1; there are 0 to 0"));
+        config.platform = Some(super::super::PlatformConfig::parse("num_pci_segments=3").unwrap());
+        assert!(validate(&config).is_ok());
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused_with_the_node_and_the_remedy() {
         for (nodes, words) in [
             (&["guest_numa_id=0", "guest_numa_id=0"][..], &["guest_numa_id=0", "twice"][..]),
