@@ -28,6 +28,7 @@ mod operator;
 mod recovery;
 mod segments;
 mod slots;
+mod snapshot;
 mod sockets;
 pub mod steps;
 mod tables;
@@ -124,6 +125,7 @@ pub fn all() -> Vec<Scenario> {
         net::table(),
         disk::table(),
         sockets::table(),
+        snapshot::table(),
         vhost_user::table(),
     ]
     .concat()

@@ -233,9 +233,14 @@ impl Processors {
         saved.iter().map(create).collect()
     }
 
-    /// What the guest is told of a processor.
-    pub fn cpuid(&self, vcpu: u16) -> Vec<kvm_cpuid_entry2> {
-        self.cpuid.entries(vcpu)
+    /// What the guest is told of the first processor; of others it is told the same but for their numbers.
+    pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.entries(0)
+    }
+
+    /// Tells the guest what it was told elsewhere.
+    pub fn go_on_with(&mut self, cpuid: Vec<kvm_cpuid_entry2>) {
+        self.cpuid = CpuidTemplate::of_guest(cpuid, self.topology);
     }
 
     /// Creates one of the others, which waits for the guest to start it.

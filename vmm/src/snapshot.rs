@@ -18,7 +18,8 @@ use devices::emulated::Saved as SavedFunction;
 use devices::memory_slots::SlotsState;
 use devices::processors::ProcessorState;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_irqchip,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use pci::bus::RootBus;
@@ -161,6 +162,8 @@ struct PortState {
 pub struct MachineState {
     /// Physical address bits that the guest sees, on which the memory map depends.
     pub phys_bits: u8,
+    /// What the guest was told of its first processor.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
     /// Whether a firmware was booted, on which it depends too.
     pub firmware: bool,
     /// The guest's clock.
@@ -199,6 +202,7 @@ impl MachineState {
         }
         Ok(Self {
             phys_bits: machine.processors.processors().phys_bits(),
+            cpuid: machine.processors.processors().cpuid(),
             firmware: machine.is_firmware,
             clock,
             vcpus,
@@ -279,7 +283,7 @@ impl Saved {
     pub fn processors(&self, kvm: &Kvm, config: &CpusConfig) -> Result<Processors, SnapshotError> {
         let phys_bits = self.machine.phys_bits;
         let config = CpusConfig { max_phys_bits: phys_bits, ..config.clone() };
-        let processors = Processors::new(kvm, &config)?;
+        let mut processors = Processors::new(kvm, &config)?;
         if processors.phys_bits() != phys_bits {
             return Err(SnapshotError::Processor(io::Error::other(format!(
                 "the guest uses a processor with {phys_bits} physical address bits, and this host's has {}; restore it on a host with as \
@@ -287,9 +291,8 @@ impl Saved {
                 processors.phys_bits()
             ))));
         }
-        for state in &self.machine.vcpus {
-            check_cpuid(state.cpuid(), &processors.cpuid(state.number)).map_err(SnapshotError::Processor)?;
-        }
+        check_cpuid(&self.machine.cpuid, &processors.cpuid()).map_err(SnapshotError::Processor)?;
+        processors.go_on_with(self.machine.cpuid.clone());
         Ok(processors)
     }
 

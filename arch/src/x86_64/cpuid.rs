@@ -105,6 +105,11 @@ impl CpuidTemplate {
         Self { entries, topology }
     }
 
+    /// The leaves that a guest was given elsewhere, for processors that are grouped as its are.
+    pub fn of_guest(entries: Vec<kvm_cpuid_entry2>, topology: Topology) -> Self {
+        Self { entries, topology }
+    }
+
     /// The leaves of one vCPU.
     pub fn entries(&self, vcpu: u16) -> Vec<kvm_cpuid_entry2> {
         let apic_id = self.topology.apic_id(vcpu);

@@ -7,7 +7,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{MachineState, SnapshotError};
@@ -101,15 +100,20 @@ impl Directory {
         written.map_err(file_error("write", &path))
     }
 
-    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T, SnapshotError> {
+    fn read_json<T>(
+        &self,
+        name: &str,
+        read: impl FnOnce(&[u8]) -> serde_json::Result<T>,
+    ) -> Result<T, SnapshotError> {
         let path = self.0.join(name);
         let text = fs::read(&path).map_err(file_error("read", &path))?;
-        from_json(&text).map_err(|source| SnapshotError::Unreadable { path, source })
+        read(&text).map_err(|source| SnapshotError::Unreadable { path, source })
     }
 
     /// The configuration, which somebody may have changed.
     pub fn config(&self) -> Result<VmConfig, SnapshotError> {
-        self.read_json(CONFIG)
+        // Whoever changes it may write null for what is absent.
+        self.read_json(CONFIG, from_json)
     }
 
     /// The state.
@@ -119,14 +123,15 @@ impl Directory {
             format: Option<u32>,
             version: Option<String>,
         }
-        let head: Head = self.read_json(STATE)?;
+        let head: Head = self.read_json(STATE, |text| serde_json::from_slice(text))?;
         if head.format != Some(FORMAT) {
             return Err(SnapshotError::Format {
                 path: self.0.join(STATE),
                 version: head.version.unwrap_or_else(|| "another program".to_owned()),
             });
         }
-        Ok(self.read_json::<StateFile<MachineState>>(STATE)?.machine)
+        let file: StateFile<MachineState> = self.read_json(STATE, |text| serde_json::from_slice(text))?;
+        Ok(file.machine)
     }
 
     /// The content of memory.

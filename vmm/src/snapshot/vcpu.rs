@@ -9,8 +9,8 @@ use std::io;
 use std::mem::size_of;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer, VcpuFd, VmFd};
 use log::{debug, warn};
@@ -30,7 +30,6 @@ const TSC_DEADLINE: u32 = 0x6e0;
 pub struct VcpuState {
     /// Its number.
     pub number: u16,
-    cpuid: Vec<kvm_cpuid_entry2>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -75,7 +74,6 @@ impl VcpuReader {
     /// Reads a vCPU that is not in the guest.
     pub fn read(&self, number: u16, fd: &VcpuFd) -> Result<VcpuState, HypervisorError> {
         let mp_state = fd.get_mp_state().map_err(ioctl("reading the multiprocessing state"))?;
-        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("reading CPUID"))?;
         let regs = fd.get_regs().map_err(ioctl("reading registers"))?;
         let sregs = fd.get_sregs().map_err(ioctl("reading special registers"))?;
         let nested = self.nested.then(|| read_nested(fd)).transpose()?;
@@ -88,7 +86,6 @@ impl VcpuReader {
         let events = fd.get_vcpu_events().map_err(ioctl("reading pending events"))?;
         Ok(VcpuState {
             number,
-            cpuid: cpuid.as_slice().to_vec(),
             mp_state,
             regs,
             sregs,
@@ -105,15 +102,8 @@ impl VcpuReader {
 }
 
 impl VcpuState {
-    /// What the guest was told of the processor.
-    pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
-        &self.cpuid
-    }
-
-    /// Puts a new vCPU of `vm` into this state.
+    /// Puts a new vCPU of `vm`, which has its CPUID, into this state.
     pub fn apply(&self, vm: &VmFd, fd: &VcpuFd) -> Result<(), HypervisorError> {
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| HypervisorError::TooMany("CPUID leaves"))?;
-        fd.set_cpuid2(&cpuid).map_err(ioctl("setting CPUID"))?;
         self.set_tsc_khz(fd);
         let first = |msr: &&kvm_msr_entry| msr.index == FEATURE_CONTROL;
         write_msrs(fd, self.number, self.msrs.iter().filter(first))?;
