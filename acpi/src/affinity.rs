@@ -133,7 +133,7 @@ mod tests {
                 node: 2,
             }],
             distances: vec![(0, 1, 30), (1, 0, 31)],
-            pci_node: None,
+            pci_nodes: Vec::new(),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! \_SB.MBRD  registers and configuration space that nothing else may use
-//! \_SB.PCI0  the PCI Express hierarchy
+//! \_SB.PCI0  the PCI Express hierarchy; PCI1 and so on: that of the other segments
 //! \_SB.PWRB  power button
 //! \_SB.GED   generic event device
 //! \_SB.MEMn  memory devices that are added later
@@ -34,8 +34,11 @@ const RTC_PORT_COUNT: u8 = 2;
 pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
     let mut system_bus = Terms::new();
     motherboard(&mut system_bus, platform);
-    let node = platform.numa.as_ref().and_then(|numa| numa.pci_node);
-    pci_root::host_bridge(&mut system_bus, &platform.pci, platform.power_notification, node);
+    for pci in &platform.pci {
+        let nodes = platform.numa.iter().flat_map(|numa| &numa.pci_nodes);
+        let node = nodes.into_iter().find(|(segment, _)| *segment == pci.segment).map(|(_, node)| *node);
+        pci_root::host_bridge(&mut system_bus, pci, platform.power_notification, node);
+    }
     crate::event_device::event_device(&mut system_bus, platform);
     if let Some(registers) = platform.memory_slots {
         crate::memory_devices::memory_devices(&mut system_bus, registers);
@@ -60,14 +63,16 @@ pub(crate) fn contents(platform: &PlatformDescription) -> Vec<u8> {
 fn motherboard(terms: &mut Terms, platform: &PlatformDescription) {
     let memory = |base: u64, size: u64| FixedMemory(AddressRange { base, size });
     let ports = |base: u16, count: u8| IO::new(base, base, 1, count);
-    let mut resources: Vec<Box<dyn Aml>> = vec![
-        Box::new(FixedMemory(platform.pci.ecam)),
+    let configuration = platform.pci.iter().map(|pci| Box::new(FixedMemory(pci.ecam)) as Box<dyn Aml>);
+    let mut resources: Vec<Box<dyn Aml>> = configuration.collect();
+    let rest: [Box<dyn Aml>; 5] = [
         Box::new(memory(platform.power_notification, notify_abi::PAGE_SIZE)),
-        Box::new(memory(platform.event_device.address, event_abi::BLOCK_SIZE)),
+        Box::new(memory(platform.event_device.address, event_abi::block_size(platform.pci.len()))),
         Box::new(memory(platform.reset.address, 1)),
         Box::new(ports(platform.fixed_hardware.event_block, pm1::EVENT_BLOCK_SIZE)),
         Box::new(ports(platform.fixed_hardware.control_block, pm1::CONTROL_BLOCK_SIZE)),
     ];
+    resources.extend(rest);
     if let Some(hotplug) = platform.processor_hotplug {
         resources.push(Box::new(memory(hotplug.registers, processor_abi::BLOCK_SIZE)));
     }

@@ -8,11 +8,35 @@
 //! | `0x4` | ADDED | read clears | bit `d`: there is a new function in place `d` |
 //! | `0x8` | LEAVING | read clears | bit `d`: the function in place `d` is to go |
 //! | `0xc` | RELEASED | write; reads 0 | a [`release`]: what the guest says of a function that was to go |
+//! | `0x8 + 8*s` | ADDED of segment `s`, from 1 on | read clears | as ADDED, which is that of segment 0 |
+//! | `0xc + 8*s` | LEAVING of segment `s`, from 1 on | read clears | as LEAVING |
 //!
-//! A place is a device number of bus 0: that of the function itself, or that of the root port above it.
+//! A place is a device number of bus 0 of a segment: that of the function itself, or that of the root port above it.
 
-/// Size of the register block in bytes.
-pub const BLOCK_SIZE: u64 = 16;
+/// PCI segments that there can be.
+pub const SEGMENT_COUNT: u16 = 96;
+
+/// Size in bytes of the register block of a machine with so many segments.
+pub const fn block_size(segments: usize) -> u64 {
+    (segments as u64).saturating_add(1).saturating_mul(8)
+}
+
+/// A place for functions that come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PlaceAddress {
+    /// PCI segment.
+    pub segment: u16,
+    /// Device number on bus 0.
+    pub device: u8,
+}
+
+impl PlaceAddress {
+    /// The form in RELEASED: the segment in bits 23:16, the device number in bits 7:0.
+    pub const fn bits(self) -> u32 {
+        ((self.segment & 0xff) as u32) << 16 | self.device as u32
+    }
+}
+
 /// Offset of EVENTS.
 pub const EVENTS_OFFSET: u64 = 0;
 /// Offset of ADDED.
@@ -21,6 +45,8 @@ pub const ADDED_OFFSET: u64 = 4;
 pub const LEAVING_OFFSET: u64 = 8;
 /// Offset of RELEASED.
 pub const RELEASED_OFFSET: u64 = 12;
+/// Offset of ADDED of segment 1; LEAVING of it follows, and the other segments.
+pub const ADDED_OFFSET_OF_OTHERS: u64 = 16;
 
 /// EVENTS bit 0: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u32 = 1 << 0;
@@ -41,7 +67,7 @@ pub const NOTIFY_DEVICE_CHECK: u8 = 0x01;
 pub const NOTIFY_EJECT_REQUEST: u8 = 0x03;
 /// `_OST` status of an event that was handled (ACPI 6.5, table 6.48).
 pub const OST_SUCCESS: u8 = 0;
-/// Places that there can be.
+/// Places that there can be in a segment.
 pub const PLACE_COUNT: u8 = 32;
 
 /// `Notify` value that asks a device's driver to look at a wake of its device (ACPI 6.5, table 5.168: device wake).
@@ -82,10 +108,10 @@ impl Event {
 pub enum Register {
     /// Why the interrupt was raised.
     Events,
-    /// New functions.
-    Added,
-    /// Functions that are to go.
-    Leaving,
+    /// New functions in this segment.
+    Added(u16),
+    /// Functions in this segment that are to go.
+    Leaving(u16),
     /// The guest's answer.
     Released,
 }
@@ -97,17 +123,27 @@ pub const fn decode(offset: u64, size: usize) -> Option<Register> {
     }
     match offset {
         EVENTS_OFFSET => Some(Register::Events),
-        ADDED_OFFSET => Some(Register::Added),
-        LEAVING_OFFSET => Some(Register::Leaving),
+        ADDED_OFFSET => Some(Register::Added(0)),
+        LEAVING_OFFSET => Some(Register::Leaving(0)),
         RELEASED_OFFSET => Some(Register::Released),
+        ADDED_OFFSET_OF_OTHERS.. if offset < block_size(SEGMENT_COUNT as usize) => {
+            // Below 96, so it is all in the lowest byte.
+            let [segment, ..] = (offset / 8 - 1).to_le_bytes();
+            let segment = segment as u16;
+            match offset % 8 {
+                0 => Some(Register::Added(segment)),
+                4 => Some(Register::Leaving(segment)),
+                _ => None,
+            }
+        }
         _ => None,
     }
 }
 
-/// What a value written to RELEASED says: the place in bits 7:0, the status of `_OST` in bits 15:8.
-pub const fn release(value: u32) -> (u8, u8) {
-    let [place, status, ..] = value.to_le_bytes();
-    (place, status)
+/// What a value written to RELEASED says: the place as [`PlaceAddress::bits`], and the status of `_OST` in bits 15:8.
+pub const fn release(value: u32) -> (PlaceAddress, u8) {
+    let [device, status, segment, _] = value.to_le_bytes();
+    (PlaceAddress { segment: segment as u16, device }, status)
 }
 
 #[cfg(test)]
@@ -118,10 +154,15 @@ mod tests {
     fn only_whole_registers_are_decoded() {
         assert_eq!(decode(0, 4), Some(Register::Events));
         assert_eq!(decode(12, 4), Some(Register::Released));
-        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (16, 4), (u64::MAX, 4)] {
+        assert_eq!(decode(16, 4), Some(Register::Added(1)));
+        assert_eq!(decode(20, 4), Some(Register::Leaving(1)));
+        assert_eq!(decode(block_size(96) - 4, 4), Some(Register::Leaving(95)));
+        assert_eq!((block_size(1), block_size(2)), (16, 24));
+        for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (18, 4), (16, 8), (776, 4), (u64::MAX, 4)] {
             assert_eq!(decode(offset, size), None, "{offset:#x} {size}");
         }
         assert_eq!(Event::PowerButton.mask() | Event::Wake.mask() | Event::Places.mask(), 7);
-        assert_eq!(release(0xffff_0203), (3, 2));
+        let place = PlaceAddress { segment: 0x5f, device: 3 };
+        assert_eq!((release(0xff5f_0203), place.bits()), ((place, 2), 0x5f_0003));
     }
 }

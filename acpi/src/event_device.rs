@@ -14,14 +14,14 @@ use acpi_tables::aml::{
 use pci::DevFn;
 
 use crate::event_abi::{
-    BLOCK_SIZE, EVENT_MEMORY, EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_CHECK,
-    NOTIFY_DEVICE_WAKE, NOTIFY_EJECT_REQUEST, NOTIFY_POWER_BUTTON,
+    EVENT_MEMORY, EVENT_PLACES, EVENT_POWER_BUTTON, EVENT_WAKE, NOTIFY_DEVICE_CHECK, NOTIFY_DEVICE_WAKE,
+    NOTIFY_EJECT_REQUEST, NOTIFY_POWER_BUTTON, block_size,
 };
 use crate::memory_devices;
 use crate::notify_abi::{ResourceIndex, WAKE_OFFSET, WAKE_WORD_COUNT, WakeWord};
 use crate::ops::Terms;
 use crate::pci_root::{device, node_path};
-use crate::platform::{PciDescription, PlatformDescription};
+use crate::platform::{FunctionDescription, PciDescription, PlatformDescription};
 
 /// `Device (\_SB.PWRB)` and `Device (\_SB.GED)`, to be put into the scope of `\_SB`.
 pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
@@ -34,9 +34,11 @@ pub(crate) fn event_device(terms: &mut Terms, platform: &PlatformDescription) {
     ged.push(&Name::new("_UID".into(), &ZERO));
     let interrupt = Interrupt::new(true, true, false, false, platform.event_device.gsi);
     ged.push(&Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])));
-    let events = [*b"EVTS", *b"ADDD", *b"LEAV", *b"RLSD"];
-    let events = events.into_iter().map(|name| FieldEntry::Named(name, 32)).collect();
-    registers(&mut ged, "EREG", platform.event_device.address, BLOCK_SIZE, events);
+    let others = (1_u16..).zip(platform.pci.iter().skip(1)).flat_map(|(segment, _)| place_fields(segment));
+    let events = [*b"EVTS", *b"ADDD", *b"LEAV", *b"RLSD"].into_iter().chain(others);
+    let events = events.map(|name| FieldEntry::Named(name, 32)).collect();
+    let size = block_size(platform.pci.len());
+    registers(&mut ged, "EREG", platform.event_device.address, size, events);
     let words = (0..WAKE_WORD_COUNT).map(|word| FieldEntry::Named(wake_field(word), 32)).collect();
     let wake_registers = platform.power_notification.saturating_add(WAKE_OFFSET);
     registers(&mut ged, "WREG", wake_registers, WAKE_WORD_COUNT as u64 * 4, words);
@@ -90,14 +92,31 @@ fn wake_field(word: usize) -> [u8; 4] {
     [b'W', b'A', b'K', b'0'.saturating_add(word.to_le_bytes()[0])]
 }
 
-/// Reads each WAKE register once and notifies whom it names. Root ports are never woken on their own account.
-fn wakes(pci: &PciDescription) -> Terms {
+/// ADDED and LEAVING of a segment.
+fn place_fields(segment: u16) -> [[u8; 4]; 2] {
+    if segment == 0 {
+        return [*b"ADDD", *b"LEAV"];
+    }
+    ["A", "L"].map(|register| {
+        let name = format!("{register}{segment:03X}");
+        // There are at most 96 segments.
+        name.as_bytes().first_chunk().copied().unwrap_or(*b"____")
+    })
+}
+
+/// Functions with the paths of their nodes: those on bus 0, then those below root ports.
+fn functions(pci: &PciDescription) -> impl Iterator<Item = (&FunctionDescription, Path)> {
     let on_bus_0 = pci.functions.iter().map(|function| (None, function));
     let below = pci.root_ports.iter().flat_map(|port| port.functions.iter().map(|f| (Some(port.devfn), f)));
-    let mut functions: Vec<(ResourceIndex, Path)> = on_bus_0
+    on_bus_0
         .chain(below)
-        .filter_map(|(port, f): (Option<DevFn>, _)| Some((f.resource?, node_path(port, f.devfn))))
-        .collect();
+        .map(|(port, function): (Option<DevFn>, _)| (function, node_path(pci.segment, port, function.devfn)))
+}
+
+/// Reads each WAKE register once and notifies whom it names. Root ports are never woken on their own account.
+fn wakes(segments: &[PciDescription]) -> Terms {
+    let mut functions: Vec<(ResourceIndex, Path)> =
+        segments.iter().flat_map(functions).filter_map(|(f, path)| Some((f.resource?, path))).collect();
     functions.sort_by_key(|(index, _)| *index);
 
     let mut terms = Terms::new();
@@ -106,7 +125,7 @@ fn wakes(pci: &PciDescription) -> Terms {
         let word = index.wake_word();
         if current != Some(word) {
             current = Some(word);
-            terms.push(&Store::new(&Local(1), &WakeField(word)));
+            terms.push(&Store::new(&Local(1), &Named(wake_field(word.as_usize()))));
         }
         terms.push(&If::new(
             &And::new(&ZERO, &Local(1), &index.wake_mask()),
@@ -116,26 +135,28 @@ fn wakes(pci: &PciDescription) -> Terms {
     terms
 }
 
-/// Reads ADDED and LEAVING once each and notifies whom they name.
-fn places(pci: &PciDescription) -> Terms {
-    let on_bus_0 = pci.functions.iter().map(|function| (None, function));
-    let below = pci.root_ports.iter().flat_map(|port| port.functions.iter().map(|f| (Some(port.devfn), f)));
-    let removable: Vec<(u8, Path)> = on_bus_0
-        .chain(below)
-        .filter_map(|(port, f): (Option<DevFn>, _)| Some((f.place?, node_path(port, f.devfn))))
-        .collect();
+/// Reads ADDED and LEAVING of each segment once each and notifies whom they name.
+fn places(segments: &[PciDescription]) -> Terms {
     let mut terms = Terms::new();
-    if removable.is_empty() {
-        return terms;
+    for pci in segments {
+        places_of(pci, &mut terms);
     }
-    for (register, value) in [("ADDD", NOTIFY_DEVICE_CHECK), ("LEAV", NOTIFY_EJECT_REQUEST)] {
-        terms.push(&Store::new(&Local(1), &Path::new(register)));
+    terms
+}
+
+fn places_of(pci: &PciDescription, terms: &mut Terms) {
+    let removable: Vec<(u8, Path)> = functions(pci).filter_map(|(f, path)| Some((f.place?, path))).collect();
+    if removable.is_empty() {
+        return;
+    }
+    let notified = [NOTIFY_DEVICE_CHECK, NOTIFY_EJECT_REQUEST];
+    for (register, value) in place_fields(pci.segment).into_iter().zip(notified) {
+        terms.push(&Store::new(&Local(1), &Named(register)));
         for (place, path) in &removable {
             let mask = 1_u32.checked_shl(u32::from(*place)).unwrap_or(0);
             terms.push(&If::new(&And::new(&ZERO, &Local(1), &mask), vec![&Notify::new(path, &value)]));
         }
     }
-    terms
 }
 
 /// `RLSE(place, event, status)`: tells the VMM how the guest has answered an eject request.
@@ -154,10 +175,11 @@ fn release(terms: &mut Terms) {
     ));
 }
 
-struct WakeField(WakeWord);
+/// A field by its name.
+struct Named([u8; 4]);
 
-impl Aml for WakeField {
+impl Aml for Named {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        sink.vec(&wake_field(self.0.as_usize()));
+        sink.vec(&self.0);
     }
 }

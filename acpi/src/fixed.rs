@@ -77,8 +77,9 @@ pub(crate) fn facs() -> Vec<u8> {
 /// The table of memory-mapped configuration space.
 pub(crate) fn mcfg(platform: &PlatformDescription) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let ecam = platform.pci.ecam;
-    mcfg.add_ecam(ecam.base, 0, 0, last_bus(ecam));
+    for pci in &platform.pci {
+        mcfg.add_ecam(pci.ecam.base, pci.segment, 0, last_bus(pci.ecam));
+    }
     bytes(&mcfg)
 }
 

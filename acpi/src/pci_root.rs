@@ -2,7 +2,8 @@
 //! 6.2.13).
 //!
 //! ```text
-//! \_SB.PCI0          host bridge: _CRS windows, _OSC, _PRT, PDSM
+//! \_SB.PCI0          host bridge of segment 0: _CRS windows, _OSC, _PRT, PDSM
+//! \_SB.PCI1          that of segment 1, and so on up to PCIF, PC10 and PC5F
 //! \_SB.PCI0.S08      root port at device 1, function 0: _ADR, and power objects
 //! \_SB.PCI0.S08.S00  the function below it: _ADR, and power objects of its own
 //! ```
@@ -18,6 +19,7 @@ use acpi_tables::{Aml, AmlSink};
 use pci::DevFn;
 
 use crate::device_power;
+use crate::event_abi::{PLACE_COUNT, PlaceAddress};
 use crate::ops::Terms;
 use crate::platform::{AddressRange, FunctionDescription, PciDescription};
 
@@ -54,20 +56,25 @@ pub(crate) fn last_bus(ecam: AddressRange) -> u8 {
     u8::try_from((ecam.size / ECAM_BYTES_PER_BUS).saturating_sub(1)).unwrap_or(u8::MAX)
 }
 
-/// Path of the node of a function on bus 0, or of one below the root port `port`.
-pub(crate) fn node_path(port: Option<DevFn>, devfn: DevFn) -> Path {
-    let name = node_name(devfn);
+/// Path of the node of a function on bus 0 of a segment, or of one below the root port `port`.
+pub(crate) fn node_path(segment: u16, port: Option<DevFn>, devfn: DevFn) -> Path {
+    let (root, name) = (root_name(segment), node_name(devfn));
     match port {
-        Some(port) => Path::new(&format!("\\_SB_.PCI0.{}.{name}", node_name(port))),
-        None => Path::new(&format!("\\_SB_.PCI0.{name}")),
+        Some(port) => Path::new(&format!("\\_SB_.{root}.{}.{name}", node_name(port))),
+        None => Path::new(&format!("\\_SB_.{root}.{name}")),
     }
+}
+
+/// Name of the host bridge of a segment, of which there are at most 96.
+fn root_name(segment: u16) -> String {
+    if segment < 16 { format!("PCI{segment:X}") } else { format!("PC{segment:02X}") }
 }
 
 fn node_name(devfn: DevFn) -> String {
     format!("S{:02X}_", devfn.bits())
 }
 
-/// `Device (\_SB.PCI0)`, to be put into the scope of `\_SB`.
+/// `Device (\_SB.PCI0)`, or that of another segment, to be put into the scope of `\_SB`.
 pub(crate) fn host_bridge(
     terms: &mut Terms,
     pci: &PciDescription,
@@ -77,8 +84,8 @@ pub(crate) fn host_bridge(
     let mut children = Terms::new();
     children.push(&Name::new("_HID".into(), &EISAName::new("PNP0A08")));
     children.push(&Name::new("_CID".into(), &EISAName::new("PNP0A03")));
-    for name in ["_SEG", "_BBN", "_UID"] {
-        children.push(&Name::new(name.into(), &ZERO));
+    for (name, value) in [("_SEG", pci.segment), ("_BBN", 0), ("_UID", pci.segment)] {
+        children.push(&Name::new(name.into(), &value));
     }
     children.push(&Name::new("_CBA".into(), &pci.ecam.base));
     if let Some(proximity) = proximity {
@@ -87,20 +94,24 @@ pub(crate) fn host_bridge(
     windows(&mut children, pci);
     osc(&mut children);
     interrupt_routing(&mut children, pci);
-    device_power::shared_dsm(&mut children);
+    if pci.segment == 0 {
+        device_power::shared_dsm(&mut children);
+    }
+    let segment = pci.segment;
     for function in &pci.functions {
-        node(&mut children, *function, &[], notification_page);
+        node(&mut children, segment, *function, &[], notification_page);
     }
     for port in &pci.root_ports {
         let port_itself = FunctionDescription { devfn: port.devfn, resource: port.resource, place: None };
-        node(&mut children, port_itself, &port.functions, notification_page);
+        node(&mut children, segment, port_itself, &port.functions, notification_page);
     }
-    device(terms, "PCI0", &children);
+    device(terms, &root_name(segment), &children);
 }
 
 /// The node of a function, with those of the functions below it.
 fn node(
     terms: &mut Terms,
+    segment: u16,
     function: FunctionDescription,
     below: &[FunctionDescription],
     notification_page: u64,
@@ -111,24 +122,26 @@ fn node(
         device_power::objects(&mut children, index, notification_page);
     }
     if let Some(place) = function.place {
-        removal(&mut children, place);
+        removal(&mut children, PlaceAddress { segment, device: place });
     }
     for function in below {
-        node(&mut children, *function, &[], notification_page);
+        node(&mut children, segment, *function, &[], notification_page);
     }
     device(terms, &node_name(function.devfn), &children);
 }
 
 /// What lets a function come and go: `_RMV` makes Linux handle notifications of its node as a slot's (`acpi_pcihp.c`), and `_OST` is how it says
 /// that it has let go of the function. Not `_EJ0`, which would do both: Linux leaves the power of what has that alone (`pci-acpi.c`).
-fn removal(terms: &mut Terms, place: u8) {
-    terms.push(&Name::new("_SUN".into(), &place));
+fn removal(terms: &mut Terms, place: PlaceAddress) {
+    // Linux names slots by it, and wants each name once.
+    let slot_number = u32::from(place.segment) * u32::from(PLACE_COUNT) + u32::from(place.device);
+    terms.push(&Name::new("_SUN".into(), &slot_number));
     terms.push(&Name::new("_RMV".into(), &ONE));
     terms.push(&Method::new(
         "_OST".into(),
         3,
         true,
-        vec![&MethodCall::new("\\_SB_.GED_.RLSE".into(), vec![&place, &Arg(0), &Arg(1)])],
+        vec![&MethodCall::new("\\_SB_.GED_.RLSE".into(), vec![&place.bits(), &Arg(0), &Arg(1)])],
     ));
 }
 
@@ -152,9 +165,17 @@ fn windows(terms: &mut Terms, pci: &PciDescription) {
     });
     let buses = AddressSpace::new_bus_number(0_u16, u16::from(last_bus(pci.ecam)));
     let config = IO::new(CONFIG_PORT, CONFIG_PORT, 1, CONFIG_PORT_COUNT);
-    let io =
-        AddressSpace::new_io(pci.io.base, pci.io.base.saturating_add(pci.io.size.saturating_sub(1)), None);
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &io, &mmio32];
+    let io = pci
+        .io
+        .map(|io| AddressSpace::new_io(io.base, io.base.saturating_add(io.size.saturating_sub(1)), None));
+    let mut resources: Vec<&dyn Aml> = vec![&buses];
+    if pci.segment == 0 {
+        resources.push(&config);
+    }
+    if let Some(io) = &io {
+        resources.push(io);
+    }
+    resources.push(&mmio32);
     if let Some(mmio64) = &mmio64 {
         resources.push(mmio64);
     }

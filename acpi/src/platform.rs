@@ -37,8 +37,8 @@ pub struct PlatformDescription {
     pub processor_hotplug: Option<ProcessorHotplugDescription>,
     /// Interrupt controllers.
     pub interrupts: InterruptDescription,
-    /// The PCI Express hierarchy.
-    pub pci: PciDescription,
+    /// The PCI Express hierarchy, segment by segment; the first one is segment 0.
+    pub pci: Vec<PciDescription>,
     /// Address of the power notification device's page (see [`notify_abi`](crate::notify_abi)).
     pub power_notification: u64,
     /// The generic event device.
@@ -77,17 +77,19 @@ pub struct InterruptDescription {
     pub io_apic_address: u32,
 }
 
-/// PCI segment 0: its configuration space, its windows, and what sits on bus 0.
+/// A PCI segment: its configuration space, its windows, and what sits on its bus 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciDescription {
+    /// Its number. Segment 0 has configuration mechanism #1 too.
+    pub segment: u16,
     /// Enhanced configuration space: 1 MiB per bus, from bus 0 on.
     pub ecam: AddressRange,
     /// Memory window below 4 GiB.
     pub mmio32: AddressRange,
     /// Memory window above 4 GiB; `None` when there is none.
     pub mmio64: Option<AddressRange>,
-    /// Window of I/O ports.
-    pub io: PortRange,
+    /// Window of I/O ports; `None` when there is none.
+    pub io: Option<PortRange>,
     /// First of the eight GSIs that INTx pins share. Device `d` of bus 0 raises pin `p` (0 is INTA) on
     /// `intx_gsi_base + (d + p) % 8`.
     pub intx_gsi_base: u32,
@@ -133,8 +135,8 @@ pub struct NumaDescription {
     pub initiators: Vec<InitiatorAffinity>,
     /// Distance from one node to another, where it is not 20.
     pub distances: Vec<(u32, u32, u8)>,
-    /// The node of PCI segment 0, if it is said.
-    pub pci_node: Option<u32>,
+    /// PCI segments of which it is said, and the node of each.
+    pub pci_nodes: Vec<(u16, u32)>,
 }
 
 /// A range of memory and its node.

@@ -17,9 +17,10 @@ use pci::DevFn;
 
 use crate::affinity;
 use crate::dsdt;
+use crate::event_abi::SEGMENT_COUNT;
 use crate::fixed::{self, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::notify_abi::{self, ResourceIndex};
-use crate::platform::{AddressRange, FunctionDescription, PlatformDescription};
+use crate::platform::{AddressRange, FunctionDescription, PciDescription, PlatformDescription};
 use crate::processor_abi::{self, PROCESSOR_COUNT};
 
 /// Tables start at multiples of this; FACS needs it, the others take it.
@@ -93,8 +94,13 @@ pub enum TableError {
         /// Its length.
         size: u64,
     },
+    /// No PCI segment, more than there is room for, or not in the order of their numbers.
+    #[error(
+        "the ACPI tables can describe 1 to {SEGMENT_COUNT} PCI segments, numbered from 0 on, not these {0}"
+    )]
+    Segments(usize),
     /// Two functions are at one address.
-    #[error("two functions are at {devfn} of bus 0 or below one root port")]
+    #[error("two functions are at {devfn} of one bus 0 or below one root port")]
     DuplicateFunction {
         /// Their address.
         devfn: DevFn,
@@ -209,26 +215,37 @@ fn check(platform: &PlatformDescription) -> Result<(), TableError> {
     if let sci @ 16.. = platform.fixed_hardware.sci {
         return Err(TableError::SystemControlInterrupt(sci));
     }
-    let pci = &platform.pci;
+    let segments = platform.pci.len();
+    // Their registers have room for so many, in the order of their numbers.
+    let in_order = (0..SEGMENT_COUNT).zip(&platform.pci).all(|(number, pci)| pci.segment == number);
+    if !in_order || !(1..=usize::from(SEGMENT_COUNT)).contains(&segments) {
+        return Err(TableError::Segments(segments));
+    }
+    let page = AddressRange { base: platform.power_notification, size: notify_abi::PAGE_SIZE };
+    check_range("power notification device", page, u64::MAX)?;
+
+    let mut resources = BTreeSet::new();
+    platform.pci.iter().try_for_each(|pci| check_segment(pci, &mut resources))
+}
+
+fn check_segment(pci: &PciDescription, resources: &mut BTreeSet<ResourceIndex>) -> Result<(), TableError> {
     check_range("PCI configuration space", pci.ecam, u64::MAX)?;
     check_range("32-bit PCI memory window", pci.mmio32, u64::from(u32::MAX))?;
     if let Some(mmio64) = pci.mmio64 {
         check_range("64-bit PCI memory window", mmio64, u64::MAX)?;
     }
-    let io = AddressRange { base: u64::from(pci.io.base), size: u64::from(pci.io.size) };
-    check_range("PCI I/O window", io, u64::from(u16::MAX))?;
-    let page = AddressRange { base: platform.power_notification, size: notify_abi::PAGE_SIZE };
-    check_range("power notification device", page, u64::MAX)?;
-
+    if let Some(io) = pci.io {
+        let io = AddressRange { base: u64::from(io.base), size: u64::from(io.size) };
+        check_range("PCI I/O window", io, u64::from(u16::MAX))?;
+    }
     let ports = pci.root_ports.iter().map(|port| FunctionDescription {
         devfn: port.devfn,
         resource: port.resource,
         place: None,
     });
-    let mut resources = BTreeSet::new();
-    check_bus(pci.functions.iter().copied().chain(ports), &mut resources)?;
+    check_bus(pci.functions.iter().copied().chain(ports), resources)?;
     for port in &pci.root_ports {
-        check_bus(port.functions.iter().copied(), &mut resources)?;
+        check_bus(port.functions.iter().copied(), resources)?;
     }
     Ok(())
 }

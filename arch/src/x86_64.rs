@@ -6,4 +6,5 @@ pub mod cpuid;
 mod hyperv;
 pub mod layout;
 pub mod loader;
+pub mod segments;
 pub mod topology;

@@ -167,7 +167,7 @@ mod tests {
     struct Nobody;
 
     impl ReleaseSink for Nobody {
-        fn released(&self, _place: u8, _result: Result<(), u8>) {}
+        fn released(&self, _place: acpi::event_abi::PlaceAddress, _result: Result<(), u8>) {}
     }
 
     fn slots() -> (MemorySlots, Arc<EventDevice>, EventFd) {

@@ -243,7 +243,7 @@ mod tests {
     }
 
     impl ReleaseSink for Sink {
-        fn released(&self, _place: u8, _result: Result<(), u8>) {}
+        fn released(&self, _place: acpi::event_abi::PlaceAddress, _result: Result<(), u8>) {}
     }
 
     fn device(present: u8) -> (ProcessorDevice, Arc<Sink>, EventFd) {

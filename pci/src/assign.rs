@@ -30,9 +30,11 @@ impl Aperture {
     }
 }
 
-/// The ranges that the machine gives to PCI.
+/// The ranges that the machine gives to a PCI segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Apertures {
+    /// The segment.
+    pub segment: u16,
     /// Memory below 4 GiB.
     pub mmio32: Aperture,
     /// Memory above 4 GiB.
@@ -193,7 +195,7 @@ pub fn assign(
 ) -> Result<Assignment, AssignError> {
     let mut blocks: BTreeMap<Space, Vec<Block>> = BTreeMap::new();
     for function in on_bus_0 {
-        for bar in bars_of(0, function) {
+        for bar in bars_of(apertures.segment, 0, function) {
             blocks.entry(Space::on_bus_0(bar.kind)).or_default().extend(Block::new(None, vec![bar], 1));
         }
     }
@@ -202,7 +204,7 @@ pub fn assign(
         let bus = u8::try_from(index + 1).map_err(|_| AssignError::Buses(ports.len()))?;
         plan.ports.push(AssignedPort { devfn: port.devfn, bus, io: None, memory: None, prefetchable: None });
         for space in [Space::Io, Space::Memory, Space::Prefetchable] {
-            let bars = port.functions.iter().flat_map(|function| bars_of(bus, function));
+            let bars = port.functions.iter().flat_map(|function| bars_of(apertures.segment, bus, function));
             let bars = bars.filter(|bar| Space::below_port(bar.kind) == space).collect();
             blocks.entry(space).or_default().extend(Block::new(Some(port.devfn), bars, space.step()));
         }
@@ -214,8 +216,8 @@ pub fn assign(
     Ok(plan)
 }
 
-fn bars_of(bus: u8, function: &FunctionNeeds) -> impl Iterator<Item = AssignedBar> + '_ {
-    let bdf = Bdf { segment: 0, bus, devfn: function.devfn };
+fn bars_of(segment: u16, bus: u8, function: &FunctionNeeds) -> impl Iterator<Item = AssignedBar> + '_ {
+    let bdf = Bdf { segment, bus, devfn: function.devfn };
     let bar = move |&(bar, kind, size)| AssignedBar { function: bdf, bar, kind, size, address: 0 };
     function.bars.iter().map(bar)
 }

@@ -41,7 +41,7 @@ fn write(bus: &RootBus, target: &Target, data: &[u8]) {
     }
 }
 
-/// Memory-mapped configuration space of segment 0. Goes on the bus with [`ECAM_LEN`] bytes.
+/// Memory-mapped configuration space of a segment. Goes on the bus with [`ECAM_LEN`] bytes, or fewer if fewer buses are to be reached.
 ///
 /// Accesses of 1, 2, 4 or 8 bytes, naturally aligned, are served, dword by dword; others read all ones and are dropped.
 #[derive(Debug)]

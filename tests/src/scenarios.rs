@@ -19,12 +19,14 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod kata;
 mod memory;
 mod net;
 mod nic;
 mod nvme;
 mod operator;
 mod recovery;
+mod segments;
 mod slots;
 mod snapshot;
 mod sockets;
@@ -80,6 +82,8 @@ const LONG: &[&str] = &[
     "a_rate_limit_and_a_group_slow_disks_down",
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
     "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
+    "devices_come_and_go_in_the_second_pci_segment",
+    "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
 ];
 
 /// Whether `--short` leaves a scenario out.
@@ -97,6 +101,7 @@ pub fn all() -> Vec<Scenario> {
         firmware::table(),
         clients::table(),
         cpus::table(),
+        kata::table(),
         debian::table(),
         disk_faults::table(),
         bad_input::table(),
@@ -108,6 +113,7 @@ pub fn all() -> Vec<Scenario> {
         memory::table(),
         hostile::table(),
         hotplug::table(),
+        segments::table(),
         slots::table(),
         endings::table(),
         administrator::table(),

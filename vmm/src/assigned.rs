@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
+use acpi::event_abi::PlaceAddress;
 use acpi::notify_abi::ResourceIndex;
 use arch::layout::{PCI_INTX_GSI_BASE, PCI_INTX_GSI_COUNT};
 use devices::event_device::ReleaseSink;
@@ -46,26 +47,42 @@ const INTERRUPT_PIN: u16 = 0x3d;
 pub enum AssignedError {
     /// More slots than bus 0 has room for.
     #[error(
-        "{0} slots of assigned devices, root ports and other devices do not fit: bus 0 has room for 31; give the VM fewer"
+        "{count} slots of assigned devices, root ports and other devices do not fit in PCI segment {segment}: its bus 0 has room for \
+         31; give the VM fewer, or put some in another segment (--platform num_pci_segments=N, and pci_segment of the device)"
     )]
-    Slots(usize),
+    Slots {
+        /// The segment.
+        segment: u16,
+        /// How many.
+        count: usize,
+    },
     /// Two slots want the same place.
-    #[error("pci_device_id={device}: that place on bus 0 is taken; choose another from 1 to 31")]
+    #[error(
+        "pci_device_id={device}: that place on bus 0 of PCI segment {segment} is taken; choose another from 1 to 31"
+    )]
     PlaceTaken {
+        /// The segment.
+        segment: u16,
         /// Device number on bus 0.
         device: u8,
     },
     /// One slot is asked to be in two places.
-    #[error("device {bdf}: the functions of one slot share a root port, so give them the same pci_device_id")]
+    #[error(
+        "device {bdf}: the functions of one slot share a root port, so give them the same pci_segment and pci_device_id"
+    )]
     PlaceConflict {
         /// Host address of the later function.
         bdf: Bdf,
     },
     /// No room for one more.
     #[error(
-        "there is no free place for another device; remove one, or start the VM with more --platform hotplug_ports=N"
+        "there is no free place for another device in PCI segment {segment}; remove one, or start the VM with more --platform \
+         hotplug_ports=N (in segment 0) or num_pci_segments=N"
     )]
-    NoFreePlace,
+    NoFreePlace {
+        /// The segment.
+        segment: u16,
+    },
     /// A device that the guest cannot let go of alone.
     #[error(
         "device {id} cannot be removed while the machine runs: it shares a root port with other functions of its slot; shut the VM down first"
@@ -216,13 +233,13 @@ impl Seat {
     ///
     /// # Errors
     /// See [`RootPortError`].
-    pub fn new_slot(device: u8, around: &Surroundings) -> Result<Self, RootPortError> {
-        let devfn = DevFn::from_bits(device << 3);
-        let port = RootPort::with_slot(devfn, device, LinkSpeed::Gen2, message_vectors(around))?;
+    pub fn new_slot(at: PlaceAddress, around: &Surroundings) -> Result<Self, RootPortError> {
+        let devfn = DevFn::from_bits(at.device << 3);
+        let port = RootPort::with_slot(devfn, at.device, LinkSpeed::Gen2, message_vectors(around))?;
         let releases = Arc::clone(&around.releases);
         port.on_slot_power(Box::new(move |on| {
             if !on {
-                releases.released(device, Ok(()));
+                releases.released(at, Ok(()));
             }
         }));
         Ok(Self::with_port(port))

@@ -15,8 +15,8 @@ use thiserror::Error;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
     FsConfig, GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError,
-    PayloadConfig, PlatformConfig, RateLimitGroupConfig, RestoreConfig, RngConfig, VirtioConsoleConfig,
-    VmConfig, VsockConfig,
+    PayloadConfig, PciSegmentConfig, PlatformConfig, RateLimitGroupConfig, RestoreConfig, RngConfig,
+    VirtioConsoleConfig, VmConfig, VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -40,7 +40,6 @@ const NOT_YET: &[&str] = &[
     "ivshmem",
     "landlock",
     "landlock-rules",
-    "pci-segment",
     "pmem",
     "pvmemcontrol",
     "rtc",
@@ -114,7 +113,11 @@ struct Run {
     /// Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     numa: Vec<String>,
-    /// Machine: iommufd=off,system_serial_number=,system_uuid=,oem_strings=[..] and other SMBIOS strings
+    /// Share of a PCI segment in the addresses for BARs: pci_segment=N,mmio32_aperture_weight=1,mmio64_aperture_weight=1.
+    /// Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    pci_segment: Vec<String>,
+    /// Machine: num_pci_segments=1,iommufd=off,system_serial_number=,system_uuid=,oem_strings=[..] and other SMBIOS strings
     #[arg(long, value_name = "KEYS")]
     platform: Option<String>,
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH
@@ -511,6 +514,7 @@ impl Run {
             vsock: self.vsock.as_deref().map(VsockConfig::parse).transpose()?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
+            pci_segments: some(&self.pci_segment, PciSegmentConfig::parse)?,
             ..VmConfig::default()
         };
         Ok(Action::Run { config: Some(Box::new(config)), options, log })
@@ -526,6 +530,7 @@ impl Run {
             ("--memory-zone", !self.memory_zone.is_empty()),
             ("--numa", !self.numa.is_empty()),
             ("--platform", self.platform.is_some()),
+            ("--pci-segment", !self.pci_segment.is_empty()),
             ("--rng", self.rng.is_some()),
             ("--net", !self.net.is_empty()),
             ("--fs", !self.fs.is_empty()),

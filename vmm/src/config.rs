@@ -26,6 +26,7 @@ pub mod option_parser;
 mod parse;
 mod payload;
 pub mod pci_common;
+mod pci_segment;
 mod rate_limit;
 mod restore;
 mod rng;
@@ -52,6 +53,7 @@ pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
 pub use pci_common::PciCommon;
+pub use pci_segment::{PciSegmentConfig, PciSegmentError};
 pub use restore::{MemoryRestoreMode, RestoreConfig, RestoreConfigError};
 pub use rng::RngConfig;
 pub use validate::ConfigError;
@@ -125,6 +127,9 @@ pub struct VmConfig {
     /// Nodes of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<NumaConfig>>,
+    /// PCI segments of which something is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pci_segments: Option<Vec<PciSegmentConfig>>,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,

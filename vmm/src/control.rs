@@ -5,7 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use acpi::event_abi::PLACE_COUNT;
+use acpi::event_abi::{PLACE_COUNT, PlaceAddress, SEGMENT_COUNT, release};
 use devices::event_device::ReleaseSink;
 use devices::processors::ProcessorSink;
 use devices::reset::MachineControl;
@@ -30,8 +30,8 @@ pub enum StopReason {
 pub struct Control {
     event: EventFd,
     reason: Mutex<Option<StopReason>>,
-    /// Places that the guest has let go of, one bit each.
-    released: AtomicU32,
+    /// Places that the guest has let go of, one bit each, by segment.
+    released: [AtomicU32; SEGMENT_COUNT as usize],
     /// What the guest said last of a place that it does not let go of: the place and the status, above a bit that says so.
     refused: AtomicU32,
     /// Whether the guest has said something of processors that are to go.
@@ -39,7 +39,7 @@ pub struct Control {
 }
 
 /// Set in `Control::refused` when there is something.
-const REFUSED: u32 = 1 << 16;
+const REFUSED: u32 = 1 << 24;
 
 impl Control {
     /// No request yet.
@@ -47,7 +47,7 @@ impl Control {
         Ok(Self {
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             reason: Mutex::new(None),
-            released: AtomicU32::new(0),
+            released: [const { AtomicU32::new(0) }; SEGMENT_COUNT as usize],
             refused: AtomicU32::new(0),
             processors: AtomicBool::new(false),
         })
@@ -55,16 +55,19 @@ impl Control {
 
     /// What the guest has said of places since the last look: those that it has let go of, and the last one that it does not, with its
     /// status.
-    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
-        let released = self.released.swap(0, Ordering::SeqCst);
+    pub fn take_releases(&self) -> (Vec<PlaceAddress>, Option<(PlaceAddress, u8)>) {
         let refused = self.refused.swap(0, Ordering::SeqCst);
-        let [place, status, ..] = refused.to_le_bytes();
-        let places = (0..PLACE_COUNT).filter(|place| released & 1 << place != 0).collect();
-        (places, (refused & REFUSED != 0).then_some((place, status)))
+        let places = (0..).zip(&self.released).flat_map(|(segment, released)| {
+            let released = released.swap(0, Ordering::SeqCst);
+            let devices = (0..PLACE_COUNT).filter(move |device| released & 1 << device != 0);
+            devices.map(move |device| PlaceAddress { segment, device })
+        });
+        (places.collect(), (refused & REFUSED != 0).then_some(release(refused)))
     }
 
     fn has_releases(&self) -> bool {
-        self.released.load(Ordering::SeqCst) != 0 || self.refused.load(Ordering::SeqCst) != 0
+        self.released.iter().any(|released| released.load(Ordering::SeqCst) != 0)
+            || self.refused.load(Ordering::SeqCst) != 0
     }
 
     /// Whether the main loop has anything to look at but a stop; clears the descriptor if so.
@@ -108,13 +111,16 @@ impl Control {
 }
 
 impl ReleaseSink for Control {
-    fn released(&self, place: u8, result: Result<(), u8>) {
+    fn released(&self, place: PlaceAddress, result: Result<(), u8>) {
         match result {
             Ok(()) => {
-                self.released.fetch_or(1_u32.checked_shl(u32::from(place)).unwrap_or(0), Ordering::SeqCst);
+                if let Some(released) = self.released.get(usize::from(place.segment)) {
+                    let bit = 1_u32.checked_shl(u32::from(place.device)).unwrap_or(0);
+                    released.fetch_or(bit, Ordering::SeqCst);
+                }
             }
             Err(status) => {
-                let said = REFUSED | u32::from(status) << 8 | u32::from(place);
+                let said = REFUSED | u32::from(status) << 8 | place.bits();
                 self.refused.store(said, Ordering::SeqCst);
             }
         }
@@ -147,13 +153,15 @@ mod tests {
     fn what_the_guest_says_of_places_takes_no_more_room_the_more_it_says() {
         let control = Control::new().unwrap();
         assert!(!control.wants_attention());
+        let at = |segment, device| PlaceAddress { segment, device };
         for _ in 0..1000 {
-            control.released(3, Ok(()));
-            control.released(31, Ok(()));
-            control.released(5, Err(0x82));
+            control.released(at(0, 3), Ok(()));
+            control.released(at(95, 31), Ok(()));
+            control.released(at(1, 5), Err(0x82));
+            control.released(at(96, 1), Ok(()));
         }
         assert!(control.wants_attention() && control.event().read().is_err());
-        assert_eq!(control.take_releases(), (vec![3, 31], Some((5, 0x82))));
+        assert_eq!(control.take_releases(), (vec![at(0, 3), at(95, 31)], Some((at(1, 5), 0x82))));
         assert_eq!(control.take_releases(), (vec![], None));
         assert!(!control.wants_attention());
     }

@@ -84,6 +84,8 @@ pub enum Model {
 pub struct Unit {
     /// Its name.
     pub id: String,
+    /// Its PCI segment.
+    pub segment: u16,
     /// Its device number on bus 0, if that is settled.
     pub place: Option<u8>,
     /// What it is.
@@ -213,9 +215,9 @@ pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Resul
     let new = names.into_iter().zip(plan(config, present, shared)).filter_map(|((_, pci), make)| {
         let id = pci.id.clone()?;
         let is_new = !present.iter().any(|unit| unit.id == id);
-        is_new.then_some((id, pci.pci_device_id, make))
+        is_new.then_some((id, (pci.pci_segment, pci.pci_device_id), make))
     });
-    new.map(|(id, place, make)| Ok(Unit { model: make(&id)?, id, place })).collect()
+    new.map(|(id, (segment, place), make)| Ok(Unit { model: make(&id)?, id, segment, place })).collect()
 }
 
 #[cfg(test)]

@@ -1,17 +1,13 @@
 //! What firmware leaves in guest memory: the ACPI tables and SMBIOS, made from the machine as it was assembled.
 
 use acpi::platform::{
-    AddressRange, EventDeviceDescription, FixedHardwareDescription, FunctionDescription,
-    InterruptDescription, LegacyDeviceDescription, NumaDescription, PciDescription, PlatformDescription,
-    PortRange, ProcessorHotplugDescription, ResetDescription, RootPortDescription,
+    EventDeviceDescription, FixedHardwareDescription, InterruptDescription, LegacyDeviceDescription,
+    NumaDescription, PciDescription, PlatformDescription, ProcessorHotplugDescription, ResetDescription,
 };
 use acpi::smbios::SystemIdentity;
 use arch::layout::{self, LayoutError, MemoryMap};
 use devices::reset::RESET_VALUE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-
-/// Configuration space of one bus (PCI Firmware Specification 3.3, section 4.1.2).
-const ECAM_PER_BUS: u64 = 1 << 20;
 
 /// The IOAPIC's own APIC ID. Nobody addresses it, but it must have one.
 const IOAPIC_ID: u8 = 0;
@@ -40,10 +36,8 @@ pub struct Description {
     pub processors: Vec<u32>,
     /// How they come and go.
     pub processor_hotplug: Option<ProcessorHotplugDescription>,
-    /// Root ports with what is, or may come, below them.
-    pub root_ports: Vec<RootPortDescription>,
-    /// Functions that are, or may come, on bus 0.
-    pub functions: Vec<FunctionDescription>,
+    /// PCI segments with what is, or may come, there.
+    pub pci: Vec<PciDescription>,
     /// Whether memory may be added.
     pub memory_slots: bool,
     /// What belongs to which node.
@@ -61,7 +55,7 @@ pub fn write(
     description: Description,
 ) -> Result<GuestAddress, FirmwareError> {
     let identity = description.identity.clone();
-    let platform = platform(map, description);
+    let platform = platform(description);
     // Where the tables go depends on their size, and the addresses in them on where they go.
     let tables = acpi::tables::generate(&platform)?;
     let area = map.place_tables(tables.size())?;
@@ -73,8 +67,7 @@ pub fn write(
     Ok(GuestAddress(tables.rsdp))
 }
 
-fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
-    let range = |range: layout::AddressRange| AddressRange { base: range.start.0, size: range.len };
+fn platform(description: Description) -> PlatformDescription {
     let low = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
     let irq = |gsi: u32| u8::try_from(gsi).unwrap_or(u8::MAX);
     PlatformDescription {
@@ -85,18 +78,7 @@ fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
             io_apic_id: IOAPIC_ID,
             io_apic_address: low(layout::IOAPIC.start.0),
         },
-        pci: PciDescription {
-            ecam: configuration_space(description.root_ports.len()),
-            mmio32: range(map.mmio32()),
-            mmio64: Some(range(map.mmio64())),
-            io: PortRange {
-                base: layout::PCI_IO_START,
-                size: layout::PCI_IO_LAST - layout::PCI_IO_START + 1,
-            },
-            intx_gsi_base: layout::PCI_INTX_GSI_BASE,
-            root_ports: description.root_ports,
-            functions: description.functions,
-        },
+        pci: description.pci,
         power_notification: layout::POWER_NOTIFICATION.start.0,
         event_device: EventDeviceDescription {
             address: layout::EVENT_DEVICE.start.0,
@@ -115,12 +97,4 @@ fn platform(map: &MemoryMap, description: Description) -> PlatformDescription {
             .then_some(LegacyDeviceDescription { port: layout::SERIAL_PORT, irq: irq(layout::SERIAL_GSI) }),
         rtc: Some(LegacyDeviceDescription { port: layout::CMOS_PORT, irq: irq(layout::RTC_GSI) }),
     }
-}
-
-/// Configuration space of the buses there are: the root bus, and one behind each port. Linux looks for devices on every bus
-/// that it is told of, port by port of the old configuration mechanism, and each look is an exit.
-fn configuration_space(ports: usize) -> AddressRange {
-    let whole = layout::PCI_ECAM;
-    let buses = u64::try_from(ports).map_or(whole.len, |ports| ports + 1);
-    AddressRange { base: whole.start.0, size: buses.saturating_mul(ECAM_PER_BUS).min(whole.len) }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use acpi::event_abi::PlaceAddress;
 use devices::emulated::EmulatedFunction;
 use devices::event_device::EventDevice;
 use devices::vfio::dma::{self, DmaError};
@@ -24,6 +25,7 @@ use vfio_pm::NotifyDevice;
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
 use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
+use crate::config::DeviceConfig;
 use crate::emulated::Unit;
 use crate::machine::MachineError;
 use crate::places::Place;
@@ -72,8 +74,8 @@ const LONGEST_ACCESS: Duration = Duration::from_secs(70);
 
 /// What the devices are connected to.
 pub struct Board {
-    /// Bus 0.
-    pub bus: Arc<RootBus>,
+    /// Bus 0 of each PCI segment.
+    pub buses: Vec<Arc<RootBus>>,
     /// The power notification device.
     pub notify: Arc<NotifyDevice>,
     /// Where the guest hears of devices that come and go.
@@ -82,6 +84,22 @@ pub struct Board {
     pub close_bars: Arc<CloseBars>,
     /// What functions need.
     pub around: Surroundings,
+}
+
+impl Board {
+    /// Puts a function on bus 0 of its segment.
+    fn plug(&self, at: Bdf, function: Arc<dyn PciFunction>) -> Result<(), MachineError> {
+        match self.buses.get(usize::from(at.segment)) {
+            Some(bus) => bus.plug(at.devfn, function).map_err(MachineError::Bus),
+            None => Err(AssignedError::NoFreePlace { segment: at.segment }.into()),
+        }
+    }
+
+    fn unplug(&self, at: Bdf) {
+        if let Some(bus) = self.buses.get(usize::from(at.segment)) {
+            drop(bus.unplug(at.devfn));
+        }
+    }
 }
 
 /// The assigned devices of a machine. Fields are dropped in their order.
@@ -115,7 +133,7 @@ impl AssignedDevices {
             if let Some(slot) = &place.slot {
                 board.close_bars.add(slot);
                 board.notify.add(&slot.domain);
-                plug(&board.bus, place, slot)?;
+                plug(&board, place, slot)?;
             }
             if let Some(function) = &place.emulated {
                 plug_emulated(&board, place, function)?;
@@ -146,7 +164,8 @@ impl AssignedDevices {
     ) -> Result<Moved, MachineError> {
         // It may be one of those that are being closed.
         self.wait_for_closing();
-        let number = self.free_place(assignment)?;
+        let DeviceConfig { pci_segment, pci_device_id, root_port, .. } = assignment.config;
+        let number = self.free_place(pci_segment, pci_device_id, root_port)?;
         let handle = self.open(assignment, memory, kvm)?;
         let place = &mut self.places[number];
         let result = build_slot(
@@ -168,7 +187,7 @@ impl AssignedDevices {
         if let Seat::Port(port) = &place.seat {
             port.attach(&slot)?;
         }
-        plug(&self.board.bus, place, &slot)?;
+        plug(&self.board, place, &slot)?;
         self.board.notify.add(&slot.domain);
         let id = slot.functions.first().map(|function| function.id.clone()).unwrap_or_default();
         place.slot = Some(slot);
@@ -177,19 +196,19 @@ impl AssignedDevices {
         info!("device {} ({}) has been added at {} of the guest", assignment.host.bdf, moved.id, moved.bdf);
         match &place.seat {
             Seat::Port(port) if place.has_slot => port.port.insert(),
-            _ => self.board.event_device.function_added(moved.place),
+            _ => self.board.event_device.function_added(place.address()),
         }
         Ok(moved)
     }
 
-    /// Bus 0.
-    pub fn bus(&self) -> &RootBus {
-        &self.board.bus
+    /// Bus 0 of each PCI segment.
+    pub fn buses(&self) -> &[Arc<RootBus>] {
+        &self.board.buses
     }
 
-    /// Notes that the guest has been asked to let go of what is in this place: where the machine began, before it was saved.
-    pub fn set_leaving(&mut self, device: u8) {
-        if let Some(place) = self.places.iter_mut().find(|place| place.seat.device() == device) {
+    /// Notes that the guest has been asked to let go of the device with this name: where the machine began, before it was saved.
+    pub fn set_leaving(&mut self, id: &str) {
+        if let Some(place) = self.places.iter_mut().find(|place| place.ids().any(|name| name == id)) {
             place.leaving = true;
         }
     }
@@ -204,42 +223,45 @@ impl AssignedDevices {
     /// # Errors
     /// There is no place, or it cannot be put there.
     pub fn add_emulated(&mut self, unit: &Unit) -> Result<Moved, MachineError> {
-        let is_free = |place: &&mut Place| place.is_free() && place.seat.port().is_none();
-        let mut free = self.places.iter_mut().filter(is_free);
-        let place = match unit.place {
-            Some(device) => {
-                let found = free.find(|place| place.seat.device() == device);
-                found.ok_or(AssignedError::PlaceTaken { device })?
-            }
-            None => free.next().ok_or(AssignedError::NoFreePlace)?,
-        };
+        let number = self.free_place(unit.segment, unit.place, Some(false))?;
+        let place = &mut self.places[number];
         let function = unit.function(place.guest_address().devfn, &self.board.around)?;
         plug_emulated(&self.board, place, &function)?;
         place.emulated = Some(function);
         place.leaving = false;
         let moved = moved(unit.id.clone(), place);
         info!("device {} has been added at {} of the guest", moved.id, moved.bdf);
-        self.board.event_device.function_added(moved.place);
+        self.board.event_device.function_added(place.address());
         Ok(moved)
     }
 
-    /// Which place the device goes to: the one it asks for, below a reserved port if there is one, else on bus 0.
-    fn free_place(&self, assignment: &Assignment) -> Result<usize, MachineError> {
-        let free = || self.places.iter().enumerate().filter(|(_, place)| place.is_free());
-        let wants_port = assignment.config.root_port;
-        if let Some(device) = assignment.config.pci_device_id {
-            let found = free().find(|(_, place)| place.seat.device() == device);
-            return Ok(found.ok_or(AssignedError::PlaceTaken { device })?.0);
-        }
+    /// Which place of its segment a device goes to: the one it asks for, below a reserved port if there is one, else on bus 0. `below_port`
+    /// leaves only one of the two.
+    fn free_place(
+        &self,
+        segment: u16,
+        device: Option<u8>,
+        below_port: Option<bool>,
+    ) -> Result<usize, AssignedError> {
         let is_port = |place: &Place| place.seat.port().is_some();
-        let port = free().find(|(_, place)| is_port(place) && place.resources().count() == 2);
-        let bus_0 = free().find(|(_, place)| !is_port(place));
-        let found = match wants_port {
-            Some(true) => port,
-            Some(false) => bus_0,
-            None => port.or(bus_0),
+        let fits = |place: &Place| {
+            place.segment == segment
+                && place.is_free()
+                && below_port.is_none_or(|wanted| wanted == is_port(place))
         };
-        Ok(found.ok_or(AssignedError::NoFreePlace)?.0)
+        let free = || self.places.iter().enumerate().filter(|(_, place)| fits(place));
+        let found = match device {
+            Some(device) => {
+                let found = free().find(|(_, place)| place.seat.device() == device);
+                found.ok_or(AssignedError::PlaceTaken { segment, device })?
+            }
+            None => {
+                let port = free().find(|(_, place)| is_port(place) && place.resources().count() == 2);
+                let bus_0 = || free().find(|(_, place)| !is_port(place));
+                port.or_else(bus_0).ok_or(AssignedError::NoFreePlace { segment })?
+            }
+        };
+        Ok(found.0)
     }
 
     fn open(
@@ -298,7 +320,7 @@ impl AssignedDevices {
         info!("device {id}: the guest is asked to let go of it");
         match &place.seat {
             Seat::Port(port) if place.has_slot => port.port.press_button(),
-            _ => self.board.event_device.function_leaving(place.seat.device()),
+            _ => self.board.event_device.function_leaving(place.address()),
         }
         Some(Ok(()))
     }
@@ -307,19 +329,18 @@ impl AssignedDevices {
     /// `before` is called when nothing of the guest's can reach it any more.
     pub fn released(
         &mut self,
-        device: u8,
+        at: PlaceAddress,
         before: impl FnOnce(&Moved),
         then: impl FnOnce(Moved) + Send + 'static,
     ) {
-        let Some(place) = self.places.iter_mut().find(|place| place.seat.device() == device && place.leaving)
-        else {
-            debug!("the guest lets go of place {device}, and was not asked to");
+        let Some(place) = self.places.iter_mut().find(|place| place.address() == at && place.leaving) else {
+            debug!("the guest lets go of {at:?}, and was not asked to");
             return;
         };
         place.leaving = false;
         if let Some(function) = place.emulated.take() {
             let moved = moved(function.name().to_owned(), place);
-            drop(self.board.bus.unplug(moved.bdf.devfn));
+            self.board.unplug(moved.bdf);
             place.resources().for_each(|index| self.board.notify.set_always_on(index, false));
             before(&moved);
             self.close(move || {
@@ -342,7 +363,7 @@ impl AssignedDevices {
                     settles = SLOT_SETTLES;
                 }
             }
-            Seat::Bus0(_) => drop(self.board.bus.unplug(moved.bdf.devfn)),
+            Seat::Bus0(_) => self.board.unplug(moved.bdf),
         }
         self.board.notify.remove(&slot.domain);
         before(&moved);
@@ -369,8 +390,8 @@ impl AssignedDevices {
     }
 
     /// Says why the guest does not let go.
-    pub fn refused(&mut self, device: u8, status: u8) {
-        if let Some(place) = self.places.iter().find(|place| place.seat.device() == device && place.leaving) {
+    pub fn refused(&mut self, at: PlaceAddress, status: u8) {
+        if let Some(place) = self.places.iter().find(|place| place.address() == at && place.leaving) {
             let ids: Vec<_> = place.ids().collect();
             warn!(
                 "device {}: the guest does not let go of it (status {status:#x}): end what uses it in the guest, and remove it again",
@@ -435,14 +456,13 @@ fn plug_emulated(
 ) -> Result<(), MachineError> {
     place.resources().for_each(|index| board.notify.set_always_on(index, true));
     let function = Arc::clone(function) as Arc<dyn PciFunction>;
-    board.bus.plug(place.guest_address().devfn, function).map_err(MachineError::Bus)
+    board.plug(place.guest_address(), function)
 }
 
 /// Puts what is on bus 0 itself there; a port is there already.
-fn plug(bus: &RootBus, place: &Place, slot: &Slot) -> Result<(), MachineError> {
+fn plug(board: &Board, place: &Place, slot: &Slot) -> Result<(), MachineError> {
     if let (Seat::Bus0(_), Some(first)) = (&place.seat, slot.functions.first()) {
-        let devfn = place.guest_address().devfn;
-        bus.plug(devfn, Arc::clone(&first.function) as Arc<dyn PciFunction>).map_err(MachineError::Bus)?;
+        board.plug(place.guest_address(), Arc::clone(&first.function) as Arc<dyn PciFunction>)?;
     }
     Ok(())
 }

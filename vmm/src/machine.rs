@@ -20,12 +20,11 @@ use devices::vfio::function::Windows;
 use devices::vfio::open::{ContextKind, Handle, IommuContext, OpenError};
 use devices::virtio::discard::Discarder;
 use kvm_ioctls::{Kvm, VmFd};
-use pci::assign::{Aperture, Apertures, AssignError, Assignment as Plan};
-use pci::bus::{RootBus, RootBusBuilder, SlotTaken};
-use pci::ecam::{CAM_LEN, Cam, ECAM_LEN, Ecam};
-use pci::host_bridge::HostBridge;
+use pci::Bdf;
+use pci::assign::{AssignError, Assignment as Plan};
+use pci::bus::{RootBus, SlotTaken};
+use pci::ecam::{CAM_LEN, Cam};
 use pci::window::BarWindow;
-use pci::{Bdf, DevFn};
 use vfio_pm::NotifyDevice;
 use vm_device::DevicePio;
 use vm_device::bus::PioAddress;
@@ -45,7 +44,8 @@ use crate::irq::IrqRouter;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
-use crate::places::{Place, Reserve, build_places, check_places};
+use crate::pci_segments::{PciSegments, SegmentFull};
+use crate::places::{Reserve, build_places, check_places};
 use crate::platform::Platform;
 use crate::processors::ProcessorPool;
 use crate::processors::placement::{Placement, PlacementError};
@@ -92,6 +92,9 @@ pub enum MachineError {
     /// BARs that do not fit.
     #[error(transparent)]
     Bars(#[from] AssignError),
+    /// The same where there are several segments.
+    #[error(transparent)]
+    SegmentFull(SegmentFull),
     /// Two things in one place of bus 0.
     #[error("two PCI functions want place {} on bus 0; give one of the devices another pci_device_id", .0.0)]
     Bus(SlotTaken),
@@ -192,6 +195,7 @@ impl Machine {
         let reserve = Reserve {
             hotplug: lifetime.hotplug,
             ports: config.platform.as_ref().map_or(0, |platform| platform.hotplug_ports),
+            segments: config.segment_count(),
         };
         check_places(&devices, &lifetime.units, reserve)?;
         let processors = match saved {
@@ -255,14 +259,11 @@ impl Machine {
         let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
-        let (bus, plan) = pci_bus(&places, &map)?;
-        buses.mmio(
-            "PCI configuration space",
-            layout::PCI_ECAM.start.0,
-            ECAM_LEN,
-            Arc::new(Ecam::new(Arc::clone(&bus))),
-        )?;
-        let config_ports = Arc::new(ConfigPorts::new(Arc::clone(&bus), Arc::clone(&control) as _));
+        let segments = PciSegments::new(&places, &map, &config.segments())?;
+        segments.register(&mut buses)?;
+        let bus = segments.buses().into_iter().next();
+        let bus = bus.ok_or(MachineError::Address("first PCI segment"))?;
+        let config_ports = Arc::new(ConfigPorts::new(bus, Arc::clone(&control) as _));
         buses.pio(
             "PCI configuration ports",
             layout::PCI_CONFIG_PORT,
@@ -280,8 +281,7 @@ impl Machine {
         let description = firmware::Description {
             processors: processors.processors().apic_ids(),
             processor_hotplug: processors.description(),
-            root_ports: places.iter().filter_map(Place::port_description).collect(),
-            functions: places.iter().filter_map(Place::bus_0_description).collect(),
+            pci: segments.describe(&places),
             serial: lifetime.console.is_some(),
             memory_slots: memory_slots.is_some(),
             numa: memory::numa::describe(
@@ -315,8 +315,11 @@ impl Machine {
             faults: Arc::clone(&close_bars) as _,
         };
         let board =
-            Board { bus: Arc::clone(&bus), notify, event_device: Arc::clone(&events), close_bars, around };
+            Board { buses: segments.buses(), notify, event_device: Arc::clone(&events), close_bars, around };
         let assigned = AssignedDevices::new(places, board, iommu)?;
+        if saved.is_none() {
+            segments.program();
+        }
         let orders = Arc::clone(&lifetime.orders);
         let event_loop = EventLoop::new(control, orders, Arc::clone(&lifetime.signals), subscribers)?;
         let mut machine = Self {
@@ -332,11 +335,10 @@ impl Machine {
             memory_slots,
             ram,
             vm,
-            plan,
+            plan: segments.into_plan(),
         };
-        match saved {
-            Some(saved) => saved.machine.apply(&mut machine)?,
-            None => machine.plan.program(&bus),
+        if let Some(saved) = saved {
+            saved.machine.apply(&mut machine)?;
         }
         Ok(machine)
     }
@@ -438,28 +440,6 @@ fn bar_windows(map: &MemoryMap, buses: &mut Buses) -> Result<Windows, MachineErr
     buses.mmio("64-bit PCI window", high.start.0, high.len, Arc::clone(&windows.mmio64) as _)?;
     buses.pio("PCI I/O window", layout::PCI_IO_START, ports, Arc::clone(&windows.io) as _)?;
     Ok(windows)
-}
-
-/// Bus 0 with its bridges, and where all BARs are to be; functions on bus 0 itself are still to come.
-fn pci_bus(places: &[Place], map: &MemoryMap) -> Result<(Arc<RootBus>, Plan), MachineError> {
-    let mut bus = RootBusBuilder::new();
-    bus.add_function(DevFn::from_bits(0), Arc::new(HostBridge::new())).map_err(MachineError::Bus)?;
-    for port in places.iter().filter_map(|place| place.seat.port()) {
-        bus.add_bridge(port.devfn(), Arc::clone(port) as _).map_err(MachineError::Bus)?;
-    }
-    let aperture = |range: layout::AddressRange| Aperture { start: range.start.0, size: range.len };
-    let apertures = Apertures {
-        mmio32: aperture(map.mmio32()),
-        mmio64: aperture(map.mmio64()),
-        io: Aperture {
-            start: u64::from(layout::PCI_IO_START),
-            size: u64::from(layout::PCI_IO_LAST - layout::PCI_IO_START) + 1,
-        },
-    };
-    let on_bus_0: Vec<_> = places.iter().filter_map(Place::bus_0_needs).collect();
-    let below: Vec<_> = places.iter().filter_map(Place::port_needs).collect();
-    let plan = pci::assign::assign(&on_bus_0, &below, &apertures)?;
-    Ok((Arc::new(bus.build()), plan))
 }
 
 /// Ports 0xcf8 to 0xcff: PCI configuration, and the reset control register in the middle of it.

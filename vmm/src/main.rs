@@ -35,6 +35,7 @@ mod nets;
 mod orders;
 mod output;
 mod panic_events;
+mod pci_segments;
 mod places;
 mod platform;
 mod power_events;

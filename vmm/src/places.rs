@@ -1,12 +1,13 @@
-//! The places on bus 0: which slot, port or nothing is in each, and which can be filled and emptied while the guest runs.
+//! The places on bus 0 of each PCI segment: which slot, port or nothing is in each, and which can be filled and emptied while the guest runs.
 //!
 //! Functions of one host slot share one guest slot below a root port, as they share the host's power. A function that is added later goes
 //! onto bus 0 itself, as Cloud Hypervisor's do and its clients expect, or below a root port that was kept for it. The tables are written
 //! once, so every place that can be filled later has its node and its power resource from the start.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use acpi::event_abi::PLACE_COUNT;
+use acpi::event_abi::{PLACE_COUNT, PlaceAddress};
 use acpi::notify_abi::{RESOURCE_COUNT, ResourceIndex};
 use acpi::platform::{FunctionDescription, RootPortDescription};
 use devices::emulated::EmulatedFunction;
@@ -26,6 +27,8 @@ const RESERVED_MMIO64: u64 = 32 << 30;
 /// One place.
 #[derive(Debug)]
 pub struct Place {
+    /// PCI segment.
+    pub segment: u16,
     /// What is there all the time: a port, or nothing.
     pub seat: Seat,
     /// The assigned functions there.
@@ -44,7 +47,7 @@ pub struct Place {
 
 /// Where a slot is to be.
 struct Planned<'a> {
-    device: u8,
+    at: PlaceAddress,
     below_port: bool,
     content: Content<'a>,
 }
@@ -56,13 +59,15 @@ enum Content<'a> {
     Reserved,
 }
 
-/// What is to be on bus 0 beside the devices of the configuration.
+/// What there is to be beside the devices of the configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reserve {
     /// Whether devices can come and go at all.
     pub hotplug: bool,
     /// Root ports for devices that come later.
     pub ports: u8,
+    /// How many PCI segments there are.
+    pub segments: u16,
 }
 
 /// Where slots go on bus 0, and which functions are in each.
@@ -72,31 +77,44 @@ fn plan<'a>(
     reserve: Reserve,
 ) -> Result<Vec<Planned<'a>>, AssignedError> {
     let slots = slots(devices)?;
-    let assigned = slots.into_iter().map(|(place, port, members)| (place, port, Content::Assigned(members)));
-    let ports = (0..reserve.ports).map(|_| (None, true, Content::Reserved));
-    let emulated = units.iter().map(|unit| (unit.place, false, Content::Emulated(unit)));
+    let assigned = slots.into_iter().map(|(seat, port, members)| (seat, port, Content::Assigned(members)));
+    // In segment 0, where clients expect devices that come later.
+    let ports = (0..reserve.ports).map(|_| ((0, None), true, Content::Reserved));
+    let emulated = units.iter().map(|unit| ((unit.segment, unit.place), false, Content::Emulated(unit)));
     let wanted: Vec<_> = assigned.chain(ports).chain(emulated).collect();
-    let count = wanted.len();
-    // Device 0 is the host bridge.
-    let mut taken = [false; PLACE_COUNT as usize];
-    taken[0] = true;
-    for device in wanted.iter().filter_map(|(place, ..)| *place) {
-        let place = taken.get_mut(usize::from(device)).filter(|taken| !**taken);
-        *place.ok_or(AssignedError::PlaceTaken { device })? = true;
+    let mut taken = HashSet::new();
+    for ((segment, device), ..) in &wanted {
+        let Some(device) = *device else { continue };
+        if !is_place(device) || !taken.insert((*segment, device)) {
+            return Err(AssignedError::PlaceTaken { segment: *segment, device });
+        }
     }
+    let counts = count_by_segment(wanted.iter().map(|((segment, _), ..)| *segment));
     wanted
         .into_iter()
-        .map(|(place, below_port, content)| {
-            let free = || taken.iter().position(|taken| !taken).and_then(|free| u8::try_from(free).ok());
-            let device = place.or_else(free).ok_or(AssignedError::Slots(count))?;
-            taken[usize::from(device)] = true;
-            Ok(Planned { device, below_port, content })
+        .map(|((segment, device), below_port, content)| {
+            let free = || (1..PLACE_COUNT).find(|device| !taken.contains(&(segment, *device)));
+            let count = counts.get(&segment).copied().unwrap_or(0);
+            let device = device.or_else(free).ok_or(AssignedError::Slots { segment, count })?;
+            taken.insert((segment, device));
+            Ok(Planned { at: PlaceAddress { segment, device }, below_port, content })
         })
         .collect()
 }
 
-/// A slot of assigned functions: the place that it wants, whether it is below a port, and what is in it.
-type WantedSlot<'a> = (Option<u8>, bool, Vec<&'a Assignment>);
+/// Whether something can be there: device 0 is the host bridge.
+fn is_place(device: u8) -> bool {
+    (1..PLACE_COUNT).contains(&device)
+}
+
+fn count_by_segment(segments: impl Iterator<Item = u16>) -> HashMap<u16, usize> {
+    let mut counts = HashMap::new();
+    segments.for_each(|segment| *counts.entry(segment).or_default() += 1);
+    counts
+}
+
+/// A slot of assigned functions: the segment and the place that it wants, whether it is below a port, and what is in it.
+type WantedSlot<'a> = ((u16, Option<u8>), bool, Vec<&'a Assignment>);
 
 /// Puts functions of one host slot together.
 fn slots(devices: &[Assignment]) -> Result<Vec<WantedSlot<'_>>, AssignedError> {
@@ -108,25 +126,27 @@ fn slots(devices: &[Assignment]) -> Result<Vec<WantedSlot<'_>>, AssignedError> {
             let other = other.host.bdf;
             (other.segment, other.bus, other.devfn.device()) == (bdf.segment, bdf.bus, bdf.devfn.device())
         };
-        let wish = device.config.pci_device_id;
+        let (segment, wish) = (device.config.pci_segment, device.config.pci_device_id);
         let sibling =
             slots.iter_mut().find(|(_, port, members)| *port && below_port && same_slot(members[0]));
         match sibling {
-            Some((place, ..)) if place.is_some() && wish.is_some() && *place != wish => {
+            Some(((other, place), ..))
+                if *other != segment || place.is_some() && wish.is_some() && *place != wish =>
+            {
                 return Err(AssignedError::PlaceConflict { bdf });
             }
-            Some((place, _, members)) => {
+            Some(((_, place), _, members)) => {
                 *place = place.or(wish);
                 members.push(device);
             }
-            None => slots.push((wish, below_port, vec![device])),
+            None => slots.push(((segment, wish), below_port, vec![device])),
         }
     }
     slots.iter_mut().for_each(|(.., members)| members.sort_by_key(|member| member.host.bdf));
     Ok(slots)
 }
 
-/// Whether there is a place on bus 0 for every slot, before any device is opened.
+/// Whether there is a place for every slot, before any device is opened.
 pub fn check_places(devices: &[Assignment], units: &[Unit], reserve: Reserve) -> Result<(), AssignedError> {
     plan(devices, units, reserve).map(drop)
 }
@@ -141,10 +161,11 @@ pub fn build_places(
 ) -> Result<Vec<Place>, MachineError> {
     let mut indices = (0..RESOURCE_COUNT).filter_map(|index| u8::try_from(index).ok()).map(ResourceIndex);
     let mut places = Vec::new();
-    for Planned { device, below_port, content } in plan(devices, units, reserve)? {
+    for Planned { at, below_port, content } in plan(devices, units, reserve)? {
+        let PlaceAddress { segment, device } = at;
         let reserved = matches!(content, Content::Reserved);
         let seat = match below_port {
-            true if reserved => Seat::new_slot(device, around).map_err(AssignedError::from)?,
+            true if reserved => Seat::new_slot(at, around).map_err(AssignedError::from)?,
             true => Seat::new_port(device, around).map_err(AssignedError::from)?,
             false => Seat::Bus0(device),
         };
@@ -173,6 +194,7 @@ pub fn build_places(
         }
         let alone = slot.as_ref().is_none_or(|slot| slot.functions.len() == 1);
         places.push(Place {
+            segment,
             seat,
             slot,
             emulated,
@@ -183,9 +205,13 @@ pub fn build_places(
         });
     }
     if reserve.hotplug {
-        let taken: Vec<u8> = places.iter().map(|place| place.seat.device()).collect();
-        places.extend((1..PLACE_COUNT).filter(|device| !taken.contains(device)).map(|device| Place {
-            seat: Seat::Bus0(device),
+        let taken: HashSet<_> = places.iter().map(Place::address).collect();
+        // Device by device, so that every segment gets its part of the power resources.
+        let all = (1..PLACE_COUNT)
+            .flat_map(|device| (0..reserve.segments).map(move |segment| PlaceAddress { segment, device }));
+        places.extend(all.filter(|at| !taken.contains(at)).map(|at| Place {
+            segment: at.segment,
+            seat: Seat::Bus0(at.device),
             slot: None,
             emulated: None,
             resources: [indices.next(), None],
@@ -198,6 +224,11 @@ pub fn build_places(
 }
 
 impl Place {
+    /// Where it is.
+    pub fn address(&self) -> PlaceAddress {
+        PlaceAddress { segment: self.segment, device: self.device() }
+    }
+
     /// Its device number on bus 0, or that of its root port.
     pub fn device(&self) -> u8 {
         self.seat.device()
@@ -236,9 +267,10 @@ impl Place {
 
     /// Address of the first function in the guest as it is now.
     pub fn guest_address(&self) -> Bdf {
+        let segment = self.segment;
         match &self.seat {
-            Seat::Bus0(device) => Bdf { segment: 0, bus: 0, devfn: DevFn::from_bits(device << 3) },
-            Seat::Port(seat) => Bdf { segment: 0, bus: seat.bus(), devfn: DevFn::from_bits(0) },
+            Seat::Bus0(device) => Bdf { segment, bus: 0, devfn: DevFn::from_bits(device << 3) },
+            Seat::Port(seat) => Bdf { segment, bus: seat.bus(), devfn: DevFn::from_bits(0) },
         }
     }
 

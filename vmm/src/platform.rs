@@ -84,7 +84,8 @@ impl Platform {
         let (at, register) = (layout::RESET_REGISTER, Arc::new(ResetRegister::new(as_control())));
         buses.mmio("reset register", at.start.0, at.len, register)?;
         let releases = Arc::clone(control) as _;
-        let event_device = Arc::new(EventDevice::new(line(layout::EVENT_DEVICE_GSI)?, releases));
+        let event_device = EventDevice::new(line(layout::EVENT_DEVICE_GSI)?, releases);
+        let event_device = Arc::new(event_device.with_segments(config.segment_count()));
         let at = layout::EVENT_DEVICE;
         buses.mmio("event device", at.start.0, at.len, Arc::clone(&event_device) as _)?;
         Ok(Self { serial, pm_timer, pm1, rtc, event_device })

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use acpi::event_abi::Event;
+use acpi::event_abi::{Event, PlaceAddress};
 use devices::rtc::Rtc;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::Kvm;
@@ -160,7 +160,7 @@ impl Running {
     }
 
     /// What the guest has said since the last look of devices that it is to let go of: places, and one with why not.
-    pub fn take_releases(&self) -> (Vec<u8>, Option<(u8, u8)>) {
+    pub fn take_releases(&self) -> (Vec<PlaceAddress>, Option<(PlaceAddress, u8)>) {
         self.machine.context.control.take_releases()
     }
 

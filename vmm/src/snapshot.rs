@@ -22,8 +22,9 @@ use kvm_bindings::{
     kvm_irqchip,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use pci::PciFunction;
 use pci::bus::RootBus;
+use pci::function::PciBridge;
+use pci::{DevFn, PciFunction};
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -151,6 +152,7 @@ pub struct FunctionState {
 /// A root port: what the guest has written in its configuration space.
 #[derive(Debug, Serialize, Deserialize)]
 struct PortState {
+    segment: usize,
     devfn: u8,
     config: Vec<u32>,
 }
@@ -213,7 +215,7 @@ impl MachineState {
             processors: machine.processors.device().map(|device| device.save()),
             memory_slots: machine.memory_slots.as_ref().map(|slots| slots.save()),
             config_address: machine.config_ports.address(),
-            ports: ports(machine.assigned.bus()),
+            ports: ports(machine.assigned.buses()),
         })
     }
 
@@ -236,7 +238,7 @@ impl MachineState {
             _ => return Err(SnapshotError::Mismatch("memory can grow in one of them only".to_owned())),
         }
         machine.config_ports.set_address(self.config_address);
-        restore_ports(machine.assigned.bus(), &self.ports)?;
+        restore_ports(machine.assigned.buses(), &self.ports)?;
         let known: Vec<_> = machine.assigned.emulated().map(|function| function.name().to_owned()).collect();
         if let Some(new) = known.iter().find(|id| self.place_of(id).is_none()) {
             return Err(SnapshotError::Mismatch(format!("device {new} is in the first only")));
@@ -250,7 +252,7 @@ impl MachineState {
                 .restore(&function.state)
                 .map_err(|why| SnapshotError::Device { id: format!("device {id}"), why })?;
             if function.leaving {
-                machine.assigned.set_leaving(function.place);
+                machine.assigned.set_leaving(id);
             }
         }
         // Last, since it interrupts the guest for what it has not heard.
@@ -330,7 +332,13 @@ fn registers() -> impl Iterator<Item = u16> {
     (4..pci::regs::CONFIG_SPACE_LEN.min(0x100)).step_by(4)
 }
 
-fn ports(bus: &RootBus) -> Vec<PortState> {
+/// The root ports, with the numbers of their segments.
+fn bridges(buses: &[Arc<RootBus>]) -> impl Iterator<Item = (usize, DevFn, &Arc<dyn PciBridge>)> {
+    let numbered = buses.iter().enumerate();
+    numbered.flat_map(|(segment, bus)| bus.bridges().map(move |(devfn, port)| (segment, devfn, port)))
+}
+
+fn ports(buses: &[Arc<RootBus>]) -> Vec<PortState> {
     let of = |port: &dyn PciFunction| {
         registers()
             .map(|offset| {
@@ -340,17 +348,23 @@ fn ports(bus: &RootBus) -> Vec<PortState> {
             })
             .collect()
     };
-    bus.bridges().map(|(devfn, port)| PortState { devfn: devfn.bits(), config: of(port.as_ref()) }).collect()
+    let state = |(segment, devfn, port): (usize, DevFn, &Arc<dyn PciBridge>)| PortState {
+        segment,
+        devfn: devfn.bits(),
+        config: of(port.as_ref()),
+    };
+    bridges(buses).map(state).collect()
 }
 
-fn restore_ports(bus: &RootBus, saved: &[PortState]) -> Result<(), SnapshotError> {
+fn restore_ports(buses: &[Arc<RootBus>], saved: &[PortState]) -> Result<(), SnapshotError> {
     let places = |number: usize| SnapshotError::Mismatch(format!("{number} root ports in the first"));
-    if bus.bridges().count() != saved.len() {
-        return Err(places(bus.bridges().count()));
+    let count = bridges(buses).count();
+    if count != saved.len() {
+        return Err(places(count));
     }
-    for (devfn, port) in bus.bridges() {
-        let state = saved.iter().find(|state| state.devfn == devfn.bits());
-        let state = state.ok_or_else(|| places(bus.bridges().count()))?;
+    for (segment, devfn, port) in bridges(buses) {
+        let state = saved.iter().find(|state| (state.segment, state.devfn) == (segment, devfn.bits()));
+        let state = state.ok_or_else(|| places(count))?;
         for (offset, value) in registers().zip(&state.config) {
             port.config_write(offset, &value.to_le_bytes());
         }

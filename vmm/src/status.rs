@@ -103,7 +103,11 @@ impl MachineView {
                     id: function.id.clone(),
                     host: function.host,
                     guest,
-                    port: place.seat.port().map(|port| Bdf { segment: 0, bus: 0, devfn: port.devfn() }),
+                    port: place.seat.port().map(|port| Bdf {
+                        segment: place.segment,
+                        bus: 0,
+                        devfn: port.devfn(),
+                    }),
                     bars: bars
                         .map(|bar| BarPlace {
                             index: bar.bar,

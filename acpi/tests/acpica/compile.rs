@@ -37,7 +37,7 @@ fn the_dsdt_decompiles_and_compiles_without_errors_or_warnings() {
 fn the_dsdt_of_a_machine_full_of_devices_compiles() {
     let mut platform = sample::machine();
     platform.processors = (0..300).collect();
-    platform.pci.root_ports = (0..120)
+    platform.pci[0].root_ports = (0..120)
         .map(|i| acpi::platform::RootPortDescription {
             devfn: pci::DevFn::from_bits(8 + i),
             resource: Some(acpi::ResourceIndex(i)),
@@ -48,7 +48,7 @@ fn the_dsdt_of_a_machine_full_of_devices_compiles() {
             }],
         })
         .collect();
-    platform.pci.functions.clear();
+    platform.pci[0].functions.clear();
     round_trip(&platform, *b"DSDT");
 }
 

@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 use acpi::platform::PlatformDescription;
 
 use crate::tools::Scratch;
-use crate::{processors, sample};
+use crate::{processors, sample, segments};
 
 /// What makes a machine.
 type Machine = fn() -> PlatformDescription;
 
 /// The tables that are kept, and the machine that each is of.
-const TABLES: [(&str, [u8; 4], Machine); 8] = [
+const TABLES: [(&str, [u8; 4], Machine); 10] = [
     ("dsdt", *b"DSDT", machine),
     ("facp", *b"FACP", machine),
     ("apic", *b"APIC", machine),
@@ -26,6 +26,8 @@ const TABLES: [(&str, [u8; 4], Machine); 8] = [
     ("slit", *b"SLIT", machine),
     ("dsdt_processors", *b"DSDT", processors::machine),
     ("apic_processors", *b"APIC", processors::machine),
+    ("dsdt_segments", *b"DSDT", segments::machine),
+    ("mcfg_segments", *b"MCFG", segments::machine),
 ];
 /// Says that the golden tables are to be written and not compared.
 const VARIABLE: &str = "GOLDEN";
@@ -35,8 +37,8 @@ const VARIABLE: &str = "GOLDEN";
 fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1];
-    platform.pci.functions.clear();
-    platform.pci.root_ports = vec![
+    platform.pci[0].functions.clear();
+    platform.pci[0].root_ports = vec![
         sample::slot(1, Some(0), &[Some(1)]),
         sample::slot(2, Some(2), &[Some(3), Some(4)]),
         sample::slot(3, None, &[None]),

@@ -9,4 +9,5 @@ mod memory;
 mod power;
 mod processors;
 mod sample;
+mod segments;
 mod tools;

@@ -18,8 +18,8 @@ pub fn machine() -> PlatformDescription {
     let mut platform = sample::machine();
     platform.processors = vec![0, 1, 2, 3];
     platform.processor_hotplug = Some(ProcessorHotplugDescription { registers: REGISTERS, present: 2 });
-    platform.pci.functions.clear();
-    platform.pci.root_ports.clear();
+    platform.pci[0].functions.clear();
+    platform.pci[0].root_ports.clear();
     platform
 }
 
@@ -29,7 +29,7 @@ fn large() -> PlatformDescription {
 }
 
 /// Runs commands of the interpreter's debugger with every byte of memory space at `fill`, and returns what it printed.
-fn interpret(platform: &PlatformDescription, fill: u8, commands: &[&str]) -> String {
+pub fn interpret(platform: &PlatformDescription, fill: u8, commands: &[&str]) -> String {
     let scratch = Scratch::new();
     scratch.write("dsdt.aml", &sample::tables(platform).table(*b"DSDT").unwrap().bytes);
     let (_, output) =
@@ -40,12 +40,12 @@ fn interpret(platform: &PlatformDescription, fill: u8, commands: &[&str]) -> Str
     output
 }
 
-fn integers(output: &str) -> Vec<u64> {
+pub fn integers(output: &str) -> Vec<u64> {
     let values = output.lines().filter_map(|line| line.trim().strip_prefix("[Integer] = "));
     values.map(|value| u64::from_str_radix(value.trim(), 16).unwrap()).collect()
 }
 
-fn notified(output: &str) -> Vec<&str> {
+pub fn notified(output: &str) -> Vec<&str> {
     output.lines().filter(|line| line.contains("Received a")).collect()
 }
 

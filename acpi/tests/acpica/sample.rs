@@ -23,11 +23,12 @@ pub fn machine() -> PlatformDescription {
             io_apic_id: 0,
             io_apic_address: 0xfec0_0000,
         },
-        pci: PciDescription {
+        pci: vec![PciDescription {
+            segment: 0,
             ecam: AddressRange { base: 0xe000_0000, size: 0x1000_0000 },
             mmio32: AddressRange { base: 0xc000_0000, size: 0x2000_0000 },
             mmio64: Some(AddressRange { base: 0x80_0000_0000, size: 0x70_0000_0000 }),
-            io: PortRange { base: 0x1000, size: 0xf000 },
+            io: Some(PortRange { base: 0x1000, size: 0xf000 }),
             intx_gsi_base: 16,
             root_ports: vec![slot(1, Some(0), &[Some(1), Some(200)]), slot(2, None, &[None])],
             functions: vec![
@@ -36,7 +37,7 @@ pub fn machine() -> PlatformDescription {
                 FunctionDescription { place: Some(10), ..function(10, 0, Some(34)) },
                 FunctionDescription { place: Some(5), ..function(5, 0, None) },
             ],
-        },
+        }],
         power_notification: NOTIFICATION,
         event_device: EventDeviceDescription { address: EVENTS, gsi: 10 },
         memory_slots: None,
@@ -72,7 +73,7 @@ pub fn nodes() -> NumaDescription {
         ],
         initiators: vec![InitiatorAffinity { segment: 0, bus: 1, devfn: DevFn::new(0, 0).unwrap(), node: 2 }],
         distances: vec![(0, 1, 21), (1, 0, 21), (0, 2, 40)],
-        pci_node: None,
+        pci_nodes: Vec::new(),
     }
 }
 

@@ -19,7 +19,7 @@
 //!            | large ACPI tables       |  only when they do not fit below 1 MiB  (ACPI data)
 //!            +-------------------------+  end of low RAM, at most C000_0000
 //! C000_0000  +-------------------------+  32-bit PCI memory window, 512 MiB
-//! E000_0000  +-------------------------+  ECAM, 256 buses                        (reserved)
+//! E000_0000  +-------------------------+  ECAM, 256 buses of all segments        (reserved)
 //! F000_0000  +-------------------------+
 //! FEC0_0000  |  IOAPIC                 |
 //! FED1_0000  |  power notification     |  one page each
@@ -95,7 +95,7 @@ pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 pub const LOW_RAM_LIMIT: GuestAddress = GuestAddress(0xc000_0000);
 /// 32-bit PCI memory window.
 pub const PCI_MMIO32: AddressRange = AddressRange::new(LOW_RAM_LIMIT, 0x2000_0000);
-/// Memory-mapped configuration space of PCI segment 0, buses 0 to 255.
+/// Memory-mapped configuration space: 256 buses, of one PCI segment or of several, one behind the other.
 pub const PCI_ECAM: AddressRange = AddressRange::new(GuestAddress(0xe000_0000), 0x1000_0000);
 /// IOAPIC registers.
 pub const IOAPIC: AddressRange = AddressRange::new(GuestAddress(0xfec0_0000), 0x1000);
@@ -281,6 +281,26 @@ pub enum LayoutError {
     PhysBits {
         /// Physical address bits of the guest.
         phys_bits: u8,
+    },
+    /// More buses than there is configuration space for.
+    #[error(
+        "{buses} PCI buses in all segments, one of each segment and one behind each root port, are more than the 256 there is \
+         configuration space for; assign fewer devices, or have fewer segments (--platform num_pci_segments)"
+    )]
+    Buses {
+        /// How many.
+        buses: u64,
+    },
+    /// A segment would have no memory window.
+    #[error(
+        "PCI segment {segment} has less than 1 MiB of the {window} memory window; give it a larger weight of it with \
+         --pci-segment, or have fewer segments"
+    )]
+    Share {
+        /// The segment.
+        segment: u16,
+        /// Which window.
+        window: &'static str,
     },
     /// The ACPI tables are larger than what can be set aside for them.
     #[error("{size} bytes of ACPI tables do not fit into the guest's memory; give it more memory")]

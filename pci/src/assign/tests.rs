@@ -14,6 +14,7 @@ const MEM64: BarKind = BarKind::Mem64 { prefetchable: false };
 const PREF64: BarKind = BarKind::Mem64 { prefetchable: true };
 
 const APERTURES: Apertures = Apertures {
+    segment: 0,
     mmio32: Aperture { start: 0xc010_0000, size: 0x1ff0_0000 },
     mmio64: Aperture { start: 0x40_0000_0000, size: 0x40_0000_0000 },
     io: Aperture { start: 0xc000, size: 0x4000 },

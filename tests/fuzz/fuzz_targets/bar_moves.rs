@@ -368,7 +368,7 @@ impl Machine {
             let below = (0..PLACES.len()).filter(|number| PLACES[*number].0 == Some(port));
             PortNeeds { devfn: DevFn::from_bits(devfn), functions: below.map(needs).collect() }
         });
-        let apertures = Apertures { mmio32: MMIO32, mmio64: MMIO64, io: IO };
+        let apertures = Apertures { segment: 0, mmio32: MMIO32, mmio64: MMIO64, io: IO };
         let Ok(plan) = assign(&[needs(0)], &ports.collect::<Vec<_>>(), &apertures) else { return };
         let inside = |outer: Aperture, start: u64, size: u64| {
             start >= outer.start && start + (size - 1) <= outer.last()

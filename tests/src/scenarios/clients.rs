@@ -1,4 +1,4 @@
-//! The VMM as its clients see it: under the names of Cloud Hypervisor's programs, driven as libvirt and Kata drive those, and scraped
+//! The VMM as its clients see it: under the names of Cloud Hypervisor's programs, driven as libvirt drives those, and scraped
 //! by Prometheus.
 
 use std::time::Duration;
@@ -16,15 +16,14 @@ use crate::runner::{Case, Scenario};
 /// Where the links are; the host's scenarios share it.
 const LINKS: &str = "/run/links";
 const SOCKET: &str = "/run/clients.sock";
-/// What Kata waits for a machine that is created and booted, at least.
-const KATA: Duration = Duration::from_secs(10);
+/// How long a client waits for the VMM.
+const CLIENT: Duration = Duration::from_secs(10);
 /// How long a guest may take to its prompt.
 const BOOT: Duration = Duration::from_secs(90);
 
 pub fn table() -> Vec<Scenario> {
     vec![
         scenario("libvirts_calls_start_a_domain_whose_device_sleeps", libvirt),
-        scenario("katas_calls_are_refused_by_name_and_leave_the_vmm_in_order", kata),
         scenario("metrics_of_a_sleeping_device_pass_promtool", metrics),
     ]
 }
@@ -41,13 +40,6 @@ fn remote(host: &Host, words: &str) -> Result<String> {
     host.sh(&format!("{LINKS}/ch-remote --api-socket {SOCKET} {words}"))
 }
 
-/// A call that must fail; what the client says.
-fn refused(host: &Host, words: &str) -> Result<String> {
-    let output = host.run(&format!("{LINKS}/ch-remote --api-socket {SOCKET} {words} 2>&1"))?;
-    ensure(output.status == 1, || format!("{words}: status {}: {}", output.status, output.text))?;
-    Ok(output.text)
-}
-
 /// Starts the VMM without a machine and waits until it answers, as clients do.
 fn start(host: &Host, options: &str) -> Result<()> {
     make_links(host)?;
@@ -55,14 +47,14 @@ fn start(host: &Host, options: &str) -> Result<()> {
         "rm -f /run/vmm.status; ({LINKS}/cloud-hypervisor --api-socket {SOCKET} {options} >/run/vmm.log 2>&1; \
          echo $? >/run/vmm.status) </dev/null &"
     ))?;
-    wait_for("the VMM answers", KATA, || {
+    wait_for("the VMM answers", CLIENT, || {
         let ping = host.run(&format!("{LINKS}/ch-remote --api-socket {SOCKET} ping"))?;
         Ok(if ping.status == 0 { Ok(()) } else { Err(ping.text) })
     })
 }
 
 fn ended_well(host: &Host) -> Result<()> {
-    wait_for("the VMM ends", KATA, || {
+    wait_for("the VMM ends", CLIENT, || {
         let status = host.probe("cat /run/vmm.status 2>/dev/null")?.text;
         Ok(if status.trim() == "0" { Ok(()) } else { Err(status) })
     })
@@ -131,39 +123,6 @@ fn to_sleep_from_the_console(host: &Host, terminal: &str) -> Result<()> {
     })?;
     host.sh(&format!("echo 'echo auto >{}' >{terminal}", sysfs(FIRST, "power/control")))?;
     host.wait_power_state(&bdf(E1000E), "D3cold", IDLE)
-}
-
-/// What `virtcontainers/clh.go` sends for a pod; it needs devices that are not there yet.
-fn kata(case: &Case<'_>) -> Result<()> {
-    let host = case.host;
-    start(host, "-v --seccomp false")?;
-    let pod = serde_json::json!({
-        "payload": { "kernel": guest_path(case.guest, "vmlinuz"), "cmdline": "console=ttyS0" },
-        "platform": { "num_pci_segments": 2, "iommu_segments": [0] },
-        "memory": { "size": 512 << 20, "shared": true, "hotplug_size": 0, "hotplug_method": "Acpi" },
-        "cpus": { "boot_vcpus": 1, "max_vcpus": 1 },
-        "rng": { "src": "/dev/urandom", "iommu": false },
-        "serial": { "mode": "Off" },
-        "console": { "mode": "Off" },
-        "vsock": { "cid": 3, "socket": "/run/clh.sock" },
-        "fs": [{ "tag": "kataShared", "socket": "/run/fs.sock", "num_queues": 1, "queue_size": 1024, "pci_segment": 1 }],
-    });
-    let file = body(host, &pod)?;
-    remote(host, &format!("create {file}"))?;
-    let info = remote(host, "info")?;
-    ensure(info.contains(r#""state":"Created""#), || format!("vm.info: {info}"))?;
-    remote(host, "add-net tap=tap0,mac=02:00:00:00:00:01")?;
-    let info = remote(host, "info")?;
-    ensure(info.contains(r#""mac":"02:00:00:00:00:01""#), || format!("vm.info: {info}"))?;
-    let boot = refused(host, "boot")?;
-    ensure(boot.starts_with("ch-remote: error: ") && boot.contains("is not in Dormouse yet"), || {
-        boot.clone()
-    })?;
-    let vdpa = refused(host, "add-vdpa path=/dev/vhost-vdpa-0")?;
-    ensure(vdpa.contains("vDPA is not in Dormouse yet"), || vdpa.clone())?;
-    remote(host, "ping")?;
-    remote(host, "shutdown-vmm")?;
-    ended_well(host)
 }
 
 fn metrics(case: &Case<'_>) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pci::Bdf;
 use pci::bar::BarKind;
 use serde_json::{Value, json};
 
@@ -50,7 +51,7 @@ fn withheld(machine: Option<&MachineView>) -> u64 {
 fn device_tree(machine: &MachineView) -> Value {
     let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
     for device in &machine.devices {
-        let port = device.port.map(|port| (format!("__root_port{}", port.devfn.device()), port));
+        let port = device.port.map(|port| (port_name(port), port));
         if let Some((name, bdf)) = &port {
             let node = nodes.entry(name.clone()).or_insert_with(
                 || json!({ "id": name, "resources": [], "children": [], "pci_bdf": bdf.to_string() }),
@@ -65,6 +66,14 @@ fn device_tree(machine: &MachineView) -> Value {
         nodes.insert(device.id.clone(), emulated_node(device));
     }
     json!(nodes)
+}
+
+/// A port of segment 0 is called by its device number alone.
+fn port_name(port: Bdf) -> String {
+    match port.segment {
+        0 => format!("__root_port{}", port.devfn.device()),
+        segment => format!("__root_port{segment}_{}", port.devfn.device()),
+    }
 }
 
 fn emulated_node(device: &EmulatedView) -> Value {

@@ -39,7 +39,6 @@ absent! {
     vdpa => "vdpa (--vdpa)",
     iommu => "iommu (a device with iommu=on)",
     rtc => "rtc (--rtc)",
-    pci_segments => "pci_segments (--pci-segment)",
     tpm => "tpm (--tpm)",
     gdb => "gdb (--gdb)",
     ivshmem => "ivshmem (--ivshmem)",

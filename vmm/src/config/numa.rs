@@ -139,13 +139,15 @@ pub enum NumaError {
     },
     /// A segment that there is not.
     #[error(
-        "--numa guest_numa_id={id}: there is no PCI segment {segment}; there is 0, as --platform num_pci_segments says"
+        "--numa guest_numa_id={id}: there is no PCI segment {segment}; there are 0 to {last}, as --platform num_pci_segments says"
     )]
     UnknownSegment {
         /// The node.
         id: u32,
         /// The segment.
         segment: u16,
+        /// The last one.
+        last: u16,
     },
     /// Segment 0 is where everything is by default.
     #[error("--numa guest_numa_id={id}: PCI segment 0 can only belong to node 0")]
@@ -256,10 +258,10 @@ pub(super) fn validate(config: &VmConfig) -> Result<(), NumaError> {
                 return Err(NumaError::UnknownDevice { id, device: device.clone() });
             }
         }
-        let segments = config.platform.as_ref().map_or(1, |platform| platform.num_pci_segments);
+        let segments = config.segment_count();
         for &segment in node.pci_segments.iter().flatten() {
             if segment >= segments {
-                return Err(NumaError::UnknownSegment { id, segment });
+                return Err(NumaError::UnknownSegment { id, segment, last: segments.saturating_sub(1) });
             }
             if segment == 0 && id != 0 {
                 return Err(NumaError::DefaultSegment { id });
@@ -353,6 +355,14 @@ mod tests {
         assert_eq!((node_of_zone(&nodes, "b"), node_of_zone(&nodes, "a")), (2, 1));
         assert_eq!((node_of_cpu(&nodes, 1), node_of_cpu(&nodes, 0)), (2, 1));
         assert_eq!((node_of_cpu(&[], 1), node_of_zone(&[], "mem0")), (0, 0));
+    }
+
+    #[test]
+    fn a_node_can_have_every_segment_that_there_is_but_the_first() {
+        let mut config = config(&["guest_numa_id=0,pci_segments=[0]", "guest_numa_id=1,pci_segments=[1-2]"]);
+        assert!(validate(&config).unwrap_err().to_string().contains("segment 1; there are 0 to 0"));
+        config.platform = Some(super::super::PlatformConfig::parse("num_pci_segments=3").unwrap());
+        assert!(validate(&config).is_ok());
     }
 
     #[test]

@@ -136,11 +136,20 @@ impl VmConfig {
     /// The first thing that is wrong.
     pub fn validate_names_and_places(&self) -> Result<(), ConfigError> {
         let mut copy = self.clone();
+        for device in self.devices.iter().flatten() {
+            self.validate_segment("--device", device.pci_segment)?;
+        }
         let devices = self.devices.iter().flatten();
         let mut ids: HashSet<String> = devices.filter_map(|device| device.id.clone()).collect();
         for (default, pci) in copy.emulated_mut() {
             refuse(pci.iommu, "iommu=on of a device (a virtual IOMMU)")?;
-            refuse(pci.pci_segment != 0, "pci_segment other than 0")?;
+            let name = match (&pci.id, default) {
+                (Some(id), _) => format!("device {id}:"),
+                (None, Numbered(kind) | Only(kind)) => {
+                    format!("a device ({}):", kind.trim_start_matches('_'))
+                }
+            };
+            self.validate_segment(&name, pci.pci_segment)?;
             if let Some(number) = pci.pci_device_id.filter(|number| !(1..32).contains(number)) {
                 return Err(ConfigError::DeviceNumber { number });
             }

@@ -164,6 +164,9 @@ pub enum ConfigError {
         /// The number.
         bar: u64,
     },
+    /// PCI segments.
+    #[error(transparent)]
+    PciSegment(#[from] super::PciSegmentError),
     /// A device that a vhost-user backend is.
     #[error(transparent)]
     VhostUser(#[from] VhostUserConfigError),
@@ -200,6 +203,7 @@ impl VmConfig {
         self.payload.as_ref().ok_or(ConfigError::NoKernel)?.validate()?;
         self.cpus.validate()?;
         self.memory.validate()?;
+        self.validate_segments()?;
         super::numa::validate(self)?;
         self.validate_console()?;
         self.debug_console.validate()?;
@@ -243,7 +247,6 @@ impl VmConfig {
 
 impl PlatformConfig {
     fn validate(&self) -> Result<(), ConfigError> {
-        refuse(self.num_pci_segments != 1, "--platform num_pci_segments other than 1")?;
         refuse(self.iommu_segments.is_some(), "--platform iommu_segments")?;
         refuse(self.iommu_address_width != 64, "--platform iommu_address_width other than 64")?;
         refuse(self.iommufd_fd.is_some(), "--platform iommufd_fd")?;
@@ -333,7 +336,6 @@ impl DeviceConfig {
         self.check_policy()?;
         refuse(self.fd.is_some(), "--device fd")?;
         refuse(self.iommu, "--device iommu=on")?;
-        refuse(self.pci_segment != 0, "--device pci_segment other than 0")?;
         refuse(self.x_nv_gpudirect_clique.is_some(), "--device x_nv_gpudirect_clique")?;
         match self.x_exclude_mmap_bars.iter().find(|&&bar| bar > 5) {
             Some(&bar) => Err(ConfigError::Bar { bar }),

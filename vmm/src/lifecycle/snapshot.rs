@@ -28,7 +28,7 @@ impl Lifecycle {
             return Err(SnapshotError::NotPaused.into());
         }
         let machine = running.machine();
-        let ports = machine.assigned.bus().bridges().count();
+        let ports: usize = machine.assigned.buses().iter().map(|bus| bus.bridges().count()).sum();
         let reserved = vm.config.platform.as_ref().map_or(0, |platform| platform.hotplug_ports);
         if ports != usize::from(reserved) {
             return Err(SnapshotError::OldPorts.into());

@@ -43,13 +43,16 @@ pub fn describe(
         let to = node.distances.iter().flatten();
         to.map(|to| (node.guest_numa_id, to.destination, to.distance))
     });
-    let has_segment_0 = |node: &&NumaConfig| node.pci_segments.iter().flatten().any(|segment| *segment == 0);
+    let segments = |node: &NumaConfig| node.pci_segments.clone().unwrap_or_default();
     Some(NumaDescription {
         nodes: u16::try_from(last).unwrap_or(u16::MAX).saturating_add(1),
         processors: (0..).zip(apic_ids).map(|(cpu, id)| (*id, node_of_cpu(nodes, cpu))).collect(),
         memory: at_boot.chain(later).collect(),
         initiators: initiators.collect(),
         distances: distances.collect(),
-        pci_node: nodes.iter().find(has_segment_0).map(|node| node.guest_numa_id),
+        pci_nodes: nodes
+            .iter()
+            .flat_map(|node| segments(node).into_iter().map(|segment| (segment, node.guest_numa_id)))
+            .collect(),
     })
 }

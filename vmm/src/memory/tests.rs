@@ -40,7 +40,7 @@ fn zone(keys: &str) -> Zone {
 }
 
 fn map(zone: &Zone) -> Result<GuestRegionMmap, BackingError> {
-    backing::map(zone, range(GIB, 64 * MIB), 0)
+    backing::map(zone, range(GIB, 64 * MIB), 0, None)
 }
 
 /// A file of the test's own, which goes away with it.
@@ -109,7 +109,7 @@ fn the_affinity_tables_name_all_memory_and_a_device_that_is_there() {
     assert_eq!(numa.processors, [(0, 0), (8, 1)]);
     assert_eq!(numa.distances, [(0, 1, 30)]);
     assert_eq!(numa.initiators, [InitiatorAffinity { segment: 0, bus: 1, devfn: gpu.devfn, node: 4 }]);
-    assert_eq!((numa.nodes, numa.pci_node), (6, Some(0)));
+    assert_eq!((numa.nodes, numa.pci_nodes), (6, vec![(0, 0)]));
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn a_shared_file_gets_what_the_guest_writes_and_a_private_one_does_not() {
         let file = Scratch::new(&format!("file-{shared}"), 65 * MIB);
         let zone = zone(&format!(",file={},shared={shared}", file.0.display()));
         // A mebibyte into the file, as the second piece of a zone is.
-        let region = backing::map(&zone, range(GIB, 64 * MIB), MIB).unwrap();
+        let region = backing::map(&zone, range(GIB, 64 * MIB), MIB, None).unwrap();
         region.write_obj(7_u8, MemoryRegionAddress(5)).unwrap();
         assert_eq!(fs::read(&file.0).unwrap()[0x10_0005], found, "shared={shared}");
     }
