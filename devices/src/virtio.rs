@@ -18,6 +18,7 @@ pub mod device;
 pub mod discard;
 pub mod packed;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 pub mod ring;
 pub mod rng;

@@ -35,6 +35,7 @@ use vfio_pm::{
 use crate::config::DeviceConfig;
 use crate::events::Events;
 use crate::irq::{Gsi, IrqRouter, MsiVectors};
+use crate::memory::persistent::PersistentSpace;
 use crate::power_events::PowerTeller;
 use crate::remedy::remedy;
 
@@ -132,6 +133,8 @@ pub struct Surroundings {
     pub memory: Memory,
     /// Doorbells of virtio devices.
     pub doorbells: Arc<dyn DoorbellMapper>,
+    /// Where persistent memory is.
+    pub persistent: Arc<PersistentSpace>,
 }
 
 /// One assigned device: the host's view and the user's wishes.

@@ -25,6 +25,7 @@ pub mod option_parser;
 mod parse;
 mod payload;
 pub mod pci_common;
+mod pmem;
 mod rate_limit;
 mod rng;
 #[cfg(test)]
@@ -49,6 +50,7 @@ pub use numa::{NumaConfig, NumaError, node_of_cpu, node_of_zone};
 pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
 pub use pci_common::PciCommon;
+pub use pmem::{PmemConfig, PmemConfigError};
 pub use rng::RngConfig;
 pub use validate::ConfigError;
 pub use vfio_pm::{LostPolicy, PowerChoice, WakePolicy};
@@ -97,6 +99,9 @@ pub struct VmConfig {
     /// Devices of any type that backends are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// Files in the guest's address space.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pmem: Option<Vec<PmemConfig>>,
     /// The memory balloon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,

@@ -3,6 +3,7 @@
 //! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
+use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
+use devices::virtio::pmem::{MappedFile, Pmem, PmemError};
 use devices::virtio::rng::{Rng, RngError};
 use devices::virtio::vsock::{Vsock, VsockError};
 use devices::virtio::watchdog::{CurrentMachine, Watchdog};
@@ -50,6 +52,19 @@ pub enum EmulatedError {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The file behind persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
+    /// Persistent memory that has no place in the guest.
+    #[error(
+        "device {id}: it cannot be shown to the guest: {source}; give the guest less memory, or the device a smaller size="
+    )]
+    PmemPlace {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: io::Error,
+    },
     /// A device that a vhost-user backend is.
     #[error("device {id}: {source}")]
     VhostUser {
@@ -77,6 +92,8 @@ pub enum Model {
     PvPanic,
     /// A disk, which can be given another size.
     Disk(Arc<DiskUnit>),
+    /// Persistent memory, whose device is a new one in each machine.
+    Pmem(Arc<MappedFile>),
 }
 
 /// One device, whatever machine it is in.
@@ -98,7 +115,7 @@ impl Unit {
     pub fn resize(&self, size: u64) -> Result<(), String> {
         match &self.model {
             Model::Virtio(device) => device.resize(size),
-            Model::PvPanic => Err("it has no size".to_owned()),
+            Model::PvPanic | Model::Pmem(_) => Err("it has no size".to_owned()),
             Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
         }
     }
@@ -107,7 +124,7 @@ impl Unit {
     pub fn terminal(&self) -> Option<PathBuf> {
         match &self.model {
             Model::Virtio(device) => device.terminal(),
-            Model::PvPanic | Model::Disk(_) => None,
+            Model::PvPanic | Model::Disk(_) | Model::Pmem(_) => None,
         }
     }
 
@@ -127,6 +144,11 @@ impl Unit {
             }
             Model::Virtio(device) => Arc::clone(device),
             Model::Disk(disk) => Arc::clone(&disk.block) as _,
+            Model::Pmem(file) => {
+                let places = Arc::clone(&around.persistent) as _;
+                let pmem = Pmem::new(&self.id, Arc::clone(file), places);
+                Arc::new(pmem.map_err(|source| EmulatedError::PmemPlace { id: self.id.clone(), source })?)
+            }
         };
         let spec = VirtioPciSpec {
             name: self.id.clone(),
@@ -181,6 +203,12 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     plan.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
     let generic = config.generic_vhost_user.iter().flatten();
     plan.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
+    plan.extend(config.pmem.iter().flatten().map(|pmem| -> Make<'a> {
+        Box::new(|_| {
+            let file = MappedFile::open(&pmem.file, pmem.size, pmem.discard_writes)?;
+            Ok(Model::Pmem(Arc::new(file)))
+        })
+    }));
     if let Some(vsock) = &config.vsock {
         plan.push(Box::new(|id| Ok(virtio(Vsock::new(id, vsock.cid, &vsock.socket)?))));
     }
@@ -230,6 +258,7 @@ mod tests {
             "net": [{}, {"vhost_user": true, "vhost_socket": "/c"}],
             "fs": [{"tag": "t", "socket": "/d"}],
             "generic_vhost_user": [{"device_type": 26, "socket": "/e", "queue_sizes": [64]}],
+            "pmem": [{"file": "/g"}],
             "vsock": {"cid": 3, "socket": "/f"},
             "balloon": {"size": 0},
             "watchdog": true,
@@ -237,6 +266,6 @@ mod tests {
         }"#;
         let mut config: VmConfig = serde_json::from_str(text).unwrap();
         let ways = plan(&config, &[], &Shared::default()).len();
-        assert_eq!((config.emulated_mut().len(), ways), (12, 12));
+        assert_eq!((config.emulated_mut().len(), ways), (13, 13));
     }
 }

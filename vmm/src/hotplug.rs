@@ -26,16 +26,26 @@ use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build_slot};
 use crate::emulated::Unit;
 use crate::machine::MachineError;
+use crate::memory::persistent::PersistentSpace;
 use crate::places::Place;
 use crate::vcpu::FaultCure;
 
 /// All functions that may have direct mappings: closed when a vCPU finds their memory gone.
-#[derive(Debug, Default)]
-pub struct CloseBars(RwLock<Vec<Weak<VfioFunction>>>);
+#[derive(Debug)]
+pub struct CloseBars {
+    functions: RwLock<Vec<Weak<VfioFunction>>>,
+    /// Files that can lose pages too.
+    persistent: Arc<PersistentSpace>,
+}
 
 impl CloseBars {
+    /// For a machine without functions yet.
+    pub fn new(persistent: &Arc<PersistentSpace>) -> Self {
+        Self { functions: RwLock::default(), persistent: Arc::clone(persistent) }
+    }
+
     fn add(&self, slot: &Slot) {
-        let mut functions = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         functions.retain(|function| function.strong_count() > 0);
         functions.extend(slot.functions.iter().map(|place| Arc::downgrade(&place.function)));
     }
@@ -43,9 +53,14 @@ impl CloseBars {
 
 impl FaultCure for CloseBars {
     fn close_direct_mappings(&self, again: bool) -> bool {
-        let functions = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if self.persistent.mend() {
+            return true;
+        }
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         // All of them, not only the first that had something to close.
-        functions.iter().filter_map(Weak::upgrade).filter(|function| function.close_direct(again)).count() > 0
+        let functions = functions.iter().filter_map(Weak::upgrade);
+        functions.filter(|function| function.close_direct(again)).count() > 0
+            || (again && self.persistent.give_up())
     }
 }
 

@@ -46,6 +46,7 @@ use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::ioevents::KvmDoorbells;
 use crate::irq::{Gsi, IrqRouter};
+use crate::memory::persistent::PersistentSpace;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
@@ -297,6 +298,7 @@ impl Machine {
             releases: Arc::clone(&control) as _,
             memory: ram.space().clone(),
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
+            persistent: PersistentSpace::new(map.persistent(), &memslots),
         };
         let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
@@ -346,7 +348,7 @@ impl Machine {
         let vcpus = processors.processors().create(&vm, &entry)?;
         let placement = Placement::new(&config.cpus);
 
-        let close_bars = Arc::new(CloseBars::default());
+        let close_bars = Arc::new(CloseBars::new(&around.persistent));
         let context = VcpuContext {
             io: Arc::new(buses.0),
             control: Arc::clone(&control),

@@ -5,6 +5,7 @@
 //! backing    one mapping: anonymous, shared, of huge pages, of a file; its node and its advice
 //! prefault   all pages of a mapping, allocated by several threads
 //! growth     RAM that is added to a running machine
+//! persistent where files stand that are no RAM
 //! numa       what the affinity tables say of it
 //! ```
 
@@ -22,6 +23,7 @@ use crate::memslot::{Memslot, MemslotError, Memslots};
 mod backing;
 pub mod growth;
 pub mod numa;
+pub mod persistent;
 mod prefault;
 #[cfg(test)]
 mod tests;
