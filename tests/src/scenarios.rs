@@ -24,6 +24,8 @@ mod net;
 mod nic;
 mod nvme;
 mod operator;
+mod plugging;
+mod pmem;
 mod recovery;
 mod slots;
 mod sockets;
@@ -119,6 +121,8 @@ pub fn all() -> Vec<Scenario> {
         disk::table(),
         sockets::table(),
         vhost_user::table(),
+        pmem::table(),
+        plugging::table(),
     ]
     .concat()
     .into_iter()

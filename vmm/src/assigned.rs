@@ -16,6 +16,7 @@ use devices::vfio::host_signals;
 use devices::vfio::layout::{FunctionLayout, LayoutError};
 use devices::vfio::open::{Handle, OpenError, name};
 use devices::virtio::Memory;
+use devices::virtio::mem::Mem;
 use devices::virtio::pci::DoorbellMapper;
 use log::{info, warn};
 use pci::cap::pcie::LinkSpeed;
@@ -133,6 +134,8 @@ pub struct Surroundings {
     pub memory: Memory,
     /// Doorbells of virtio devices.
     pub doorbells: Arc<dyn DoorbellMapper>,
+    /// What memory zones grow by.
+    pub pluggable: Vec<Arc<Mem>>,
     /// Where persistent memory is.
     pub persistent: Arc<PersistentSpace>,
 }

@@ -126,6 +126,9 @@ pub struct VmConfig {
     /// Nodes of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<NumaConfig>>,
+    /// The places of the devices by which zones grow, which are no setting.
+    #[serde(skip)]
+    pub memory_pci: Vec<PciCommon>,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,

@@ -65,6 +65,12 @@ pub enum EmulatedError {
         /// What is wrong.
         source: io::Error,
     },
+    /// Memory that the machine has not.
+    #[error("device {id}: there is no memory zone of this name; this is a defect, please report it")]
+    NoZone {
+        /// Its name.
+        id: String,
+    },
     /// A device that a vhost-user backend is.
     #[error("device {id}: {source}")]
     VhostUser {
@@ -94,6 +100,8 @@ pub enum Model {
     Disk(Arc<DiskUnit>),
     /// Persistent memory, whose device is a new one in each machine.
     Pmem(Arc<MappedFile>),
+    /// What a memory zone grows by: part of each machine's memory.
+    Mem,
 }
 
 /// One device, whatever machine it is in.
@@ -115,16 +123,21 @@ impl Unit {
     pub fn resize(&self, size: u64) -> Result<(), String> {
         match &self.model {
             Model::Virtio(device) => device.resize(size),
-            Model::PvPanic | Model::Pmem(_) => Err("it has no size".to_owned()),
+            Model::PvPanic | Model::Pmem(_) | Model::Mem => Err("it has no size".to_owned()),
             Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
         }
+    }
+
+    /// Whether it can be taken from a machine. Memory is given back by the guest, and the device stays.
+    pub fn is_removable(&self) -> bool {
+        !matches!(self.model, Model::Mem)
     }
 
     /// The pseudoterminal behind it.
     pub fn terminal(&self) -> Option<PathBuf> {
         match &self.model {
             Model::Virtio(device) => device.terminal(),
-            Model::PvPanic | Model::Disk(_) | Model::Pmem(_) => None,
+            Model::PvPanic | Model::Disk(_) | Model::Pmem(_) | Model::Mem => None,
         }
     }
 
@@ -144,6 +157,11 @@ impl Unit {
             }
             Model::Virtio(device) => Arc::clone(device),
             Model::Disk(disk) => Arc::clone(&disk.block) as _,
+            Model::Mem => {
+                let found = around.pluggable.iter().find(|mem| mem.name() == self.id);
+                let found = found.ok_or_else(|| EmulatedError::NoZone { id: self.id.clone() })?;
+                Arc::clone(found) as _
+            }
             Model::Pmem(file) => {
                 let places = Arc::clone(&around.persistent) as _;
                 let pmem = Pmem::new(&self.id, Arc::clone(file), places);
@@ -224,6 +242,7 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     if config.pvpanic {
         plan.push(Box::new(|_| Ok(Model::PvPanic)));
     }
+    plan.extend(config.memory.pluggable_zones().iter().map(|_| -> Make<'a> { Box::new(|_| Ok(Model::Mem)) }));
     plan
 }
 
@@ -254,6 +273,7 @@ mod tests {
     fn every_device_of_a_configuration_has_its_way_of_being_made() {
         let text = r#"{
             "console": {"mode": "Pty"},
+            "memory": {"size": 1073741824, "hotplug_method": "VirtioMem", "hotplug_size": 1073741824},
             "disks": [{"path": "/a"}, {"vhost_user": true, "vhost_socket": "/b"}],
             "net": [{}, {"vhost_user": true, "vhost_socket": "/c"}],
             "fs": [{"tag": "t", "socket": "/d"}],
@@ -266,6 +286,6 @@ mod tests {
         }"#;
         let mut config: VmConfig = serde_json::from_str(text).unwrap();
         let ways = plan(&config, &[], &Shared::default()).len();
-        assert_eq!((config.emulated_mut().len(), ways), (13, 13));
+        assert_eq!((config.emulated_mut().len(), ways), (14, 14));
     }
 }

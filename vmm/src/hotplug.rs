@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use devices::emulated::EmulatedFunction;
 use devices::event_device::EventDevice;
-use devices::vfio::dma::{self, DmaError};
+use devices::vfio::dma::{self, DmaError, UnmapGate};
 use devices::vfio::function::VfioFunction;
 use devices::vfio::open::{ContextKind, Handle, IommuContext};
 use devices::virtio::discard::{Discarder, Pin};
@@ -48,6 +48,18 @@ impl CloseBars {
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         functions.retain(|function| function.strong_count() > 0);
         functions.extend(slot.functions.iter().map(|place| Arc::downgrade(&place.function)));
+    }
+}
+
+impl UnmapGate for CloseBars {
+    fn asleep_with_translations(&self) -> Option<Bdf> {
+        // A function may be busy for as long as a reset takes: others do not wait for the list meanwhile.
+        let functions: Vec<_> = {
+            let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+            functions.iter().filter_map(Weak::upgrade).collect()
+        };
+        let found = functions.iter().find(|function| function.is_asleep_with_translations());
+        found.map(|function| function.handle().bdf())
     }
 }
 
@@ -136,7 +148,12 @@ impl AssignedDevices {
                 plug_emulated(&board, place, function)?;
             }
         }
-        Ok(Self { places, board, iommu, closing: Vec::new() })
+        let this = Self { places, board, iommu, closing: Vec::new() };
+        let first = this.slots().flat_map(|slot| &slot.functions).next().map(|first| first.host);
+        if let (Some(context), Some(first)) = (&this.iommu.context, first) {
+            this.attach_pluggable(context, first)?;
+        }
+        Ok(this)
     }
 
     /// The places on bus 0 with the slots in them.
@@ -264,9 +281,21 @@ impl AssignedDevices {
         let handle = context.open(host.bdf, &host.dir, id)?;
         // All of the guest's memory, before the guest can program the device to reach it.
         dma::map_guest_memory(&context, memory, host.bdf)?;
+        self.attach_pluggable(&context, host.bdf)?;
         self.iommu.context = Some(context);
         self.iommu.pin = Some(pin);
         Ok(handle)
+    }
+
+    /// Lets devices reach what the guest plugs.
+    fn attach_pluggable(&self, context: &Arc<IommuContext>, first: Bdf) -> Result<(), DmaError> {
+        let Surroundings { pluggable, .. } = &self.board.around;
+        let gate = Arc::clone(&self.board.close_bars) as _;
+        dma::attach_pluggable(context, pluggable, &gate, first).inspect_err(|_| self.detach_pluggable())
+    }
+
+    fn detach_pluggable(&self) {
+        self.board.around.pluggable.iter().for_each(|mem| mem.blocks().detach());
     }
 
     /// Lets all devices reach more memory; `total` is how much there is then, in bytes.
@@ -394,6 +423,7 @@ impl AssignedDevices {
     /// Without devices the kernel gives up the mappings of guest memory, so they are made anew with the next device.
     fn forget_context_of_nobody(&mut self) {
         if self.places.iter().all(|place| place.slot.is_none()) {
+            self.detach_pluggable();
             self.iommu.context = None;
             self.iommu.pin = None;
         }
@@ -404,6 +434,7 @@ impl Drop for AssignedDevices {
     fn drop(&mut self) {
         // Before the memory that they can reach.
         self.wait_for_closing();
+        self.detach_pluggable();
     }
 }
 

@@ -298,9 +298,11 @@ impl Machine {
             releases: Arc::clone(&control) as _,
             memory: ram.space().clone(),
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
+            pluggable: ram.pluggable().to_vec(),
             persistent: PersistentSpace::new(map.persistent(), &memslots),
         };
-        let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
+        let (handles, iommu) =
+            open_devices(config, &devices, &vm, &ram.fixed()?, &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let (bus, plan) = pci_bus(&places, &map)?;
@@ -383,7 +385,7 @@ fn memory_slots(
     events: &Arc<EventDevice>,
     buses: &mut Buses,
 ) -> Result<Option<Arc<MemorySlots>>, MachineError> {
-    if ram.zones().iter().all(|zone| zone.hotplug.is_none()) {
+    if !ram.pluggable().is_empty() || ram.zones().iter().all(|zone| zone.hotplug.is_none()) {
         return Ok(None);
     }
     let slots = Arc::new(MemorySlots::new(Arc::clone(events)));

@@ -148,6 +148,7 @@ pub fn build_places(
             true => Seat::new_port(device, around).map_err(AssignedError::from)?,
             false => Seat::Bus0(device),
         };
+        let stays = matches!(&content, Content::Emulated(unit) if !unit.is_removable());
         let (mut slot, mut emulated) = (None, None);
         match content {
             Content::Assigned(members) => {
@@ -177,7 +178,7 @@ pub fn build_places(
             slot,
             emulated,
             resources,
-            removable: reserve.hotplug && alone,
+            removable: reserve.hotplug && alone && !stays,
             has_slot: reserved,
             leaving: false,
         });

@@ -4,15 +4,18 @@
 //! queues. A file can lose pages at any time, and only a vCPU that runs into that can be helped; see [`file`].
 
 pub mod file;
+pub mod guard;
 
 use std::fmt::Debug;
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::warn;
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::file::{MappedFile, PmemError};
+use self::guard::Guard;
 use super::MemoryView;
 use super::chain::Chain;
 use super::device::{Activation, Active, DeviceError, DeviceType, F_RINGS, Saved, VirtioDevice};
@@ -20,6 +23,9 @@ use super::queue::{ActiveQueue, Served};
 use super::worker::{Event, Handler, Watch, Worker};
 
 const QUEUE_SIZE: u16 = 256;
+/// Tokens of what the worker watches beside its queue.
+const CHANGES: u32 = 0;
+const TIMER: u32 = 1;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH.
 const FLUSH: u32 = 0;
 const DONE: u32 = 0;
@@ -93,7 +99,8 @@ impl VirtioDevice for Pmem {
     fn activate(&self, mut activation: Activation) -> Result<Box<dyn Active>, DeviceError> {
         let queue = activation.take_queue(0)?;
         let file = Arc::clone(&self.file);
-        let handler = Flusher { name: self.name.clone(), queue, file, complained: false };
+        let guard = Guard::new(&file).map_err(DeviceError::host("watching the file"))?;
+        let handler = Flusher { name: self.name.clone(), queue, file, guard, complained: false };
         Ok(Box::new(Worker::start(&self.name, Box::new(handler), activation.interrupt)?))
     }
 
@@ -119,6 +126,7 @@ struct Flusher {
     name: String,
     queue: ActiveQueue,
     file: Arc<MappedFile>,
+    guard: Guard,
     /// The last flush failed, and the log has it.
     complained: bool,
 }
@@ -128,7 +136,26 @@ impl Handler for Flusher {
         vec![(self.queue.index(), Arc::clone(self.queue.kick()))]
     }
 
-    fn event(&mut self, _event: Event, _watch: &Watch) -> Result<(), DeviceError> {
+    fn start(&mut self, watch: &Watch) -> Result<(), DeviceError> {
+        let added = watch.add(self.guard.changes(), EventSet::IN, CHANGES);
+        added
+            .and_then(|()| watch.add(self.guard.timer(), EventSet::IN, TIMER))
+            .map_err(DeviceError::host("watching the file"))
+    }
+
+    fn event(&mut self, event: Event, _watch: &Watch) -> Result<(), DeviceError> {
+        match event {
+            Event::Ready(CHANGES, _) => {
+                self.guard.changed();
+                return Ok(());
+            }
+            Event::Ready(..) => {
+                self.guard.look();
+                return Ok(());
+            }
+            // Also when the driver starts and after a pause: it may have written.
+            Event::Kick(_) => self.guard.flushed(),
+        }
         // All that wait at this moment: one flush is enough for them.
         let mut flushes = Vec::new();
         self.queue.serve::<DeviceError>(|view, chain| {

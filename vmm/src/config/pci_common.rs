@@ -77,6 +77,12 @@ impl VmConfig {
         if self.pvpanic {
             devices.push((Only("__pvpanic"), &mut self.pvpanic_pci));
         }
+        let zones = self.memory.pluggable_zones();
+        self.memory_pci.resize_with(zones.len(), PciCommon::default);
+        for (zone, pci) in zones.into_iter().zip(&mut self.memory_pci) {
+            pci.id = Some(zone);
+            devices.push((Numbered("_mem"), pci));
+        }
         devices
     }
 

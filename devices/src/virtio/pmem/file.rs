@@ -8,7 +8,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -97,6 +97,20 @@ struct Health {
     damaged: bool,
 }
 
+/// What a file with holes has of its file system, and what that has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    blocks: u64,
+    bytes: u64,
+}
+
+impl Room {
+    /// Whether nothing to speak of is left.
+    pub fn is_none(self) -> bool {
+        self.bytes < 64 << 10
+    }
+}
+
 /// A file in this process' address space.
 #[derive(Debug)]
 pub struct MappedFile {
@@ -175,7 +189,8 @@ impl MappedFile {
     /// # Errors
     /// The disk's, or the file is not the guest's whole memory any more.
     pub fn flush(&self) -> io::Result<()> {
-        if !self.health().writes_through && !self.health().damaged {
+        let health = *self.health();
+        if !health.writes_through && !health.damaged {
             return Ok(());
         }
         self.mend();
@@ -208,9 +223,32 @@ impl MappedFile {
         true
     }
 
-    /// Whether the file system of the file has no room left, so that a write to a hole of the file can have no page.
+    /// What is left for the holes of the file; `None` where it has none, or writes do not go there.
+    pub fn room(&self) -> Option<Room> {
+        let metadata = self.file.metadata().ok()?;
+        let blocks = metadata.blocks();
+        let has_holes = metadata.is_file() && blocks.saturating_mul(512) < self.size;
+        if !has_holes || !self.health().writes_through {
+            return None;
+        }
+        let fs = rustix::fs::fstatvfs(&self.file).ok()?;
+        let free = if rustix::process::geteuid().is_root() { fs.f_bfree } else { fs.f_bavail };
+        Some(Room { blocks, bytes: free.saturating_mul(fs.f_frsize) })
+    }
+
+    /// Whether a write of the guest can have no page, for want of room in the file system.
     pub fn is_out_of_room(&self) -> bool {
-        rustix::fs::fstatvfs(&self.file).is_ok_and(|fs| fs.f_bavail.saturating_mul(fs.f_frsize) < 1 << 20)
+        self.room().is_some_and(Room::is_none)
+    }
+
+    /// Its name, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file itself.
+    pub fn as_file(&self) -> &File {
+        &self.file
     }
 
     /// Puts pages there that need nothing of the file system: what the guest writes stays in memory, or, if that was so before, all of it is empty.

@@ -68,6 +68,33 @@ fn flushes_are_answered_and_what_is_none_is_refused() {
 }
 
 #[test]
+fn a_file_that_becomes_shorter_is_heard_of_without_a_request() {
+    let scratch = Scratch::new("heard", 4 << 20);
+    let file = Arc::new(MappedFile::open(&scratch.0, None, false).unwrap());
+    let mut guard = Guard::new(&file).unwrap();
+    guard.changed();
+    file.flush().unwrap();
+    std::fs::File::options().write(true).open(&scratch.0).unwrap().set_len(4096).unwrap();
+    let mut waits = [rustix::event::PollFd::new(guard.changes(), rustix::event::PollFlags::IN)];
+    assert_eq!(rustix::event::poll(&mut waits, None).unwrap(), 1);
+    guard.changed();
+    assert!(!file.mend(), "it has been mended");
+    assert!(file.flush().is_err());
+}
+
+#[test]
+fn a_file_without_holes_is_not_looked_at() {
+    let (full, holes) = (Scratch::new("holes-not", 4 << 20), Scratch::new("holes", 4096));
+    std::fs::File::options().write(true).open(&holes.0).unwrap().set_len(4 << 20).unwrap();
+    for (scratch, looks) in [(&full, false), (&holes, true)] {
+        let file = Arc::new(MappedFile::open(&scratch.0, None, false).unwrap());
+        let mut guard = Guard::new(&file).unwrap();
+        guard.flushed();
+        assert_eq!(guard.timer().is_armed().unwrap(), looks);
+    }
+}
+
+#[test]
 fn the_driver_reads_where_it_is_and_it_can_be_there_again() {
     let scratch = Scratch::new("place", 2 << 20);
     let device = device(&scratch);
