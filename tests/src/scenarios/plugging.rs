@@ -102,7 +102,7 @@ fn grows_and_shrinks(case: &Case<'_>) -> Result<()> {
     guest.sh("rm /run/much/all")?;
     for (words, said) in [
         ("resize --memory 3G", "hotplug_size"),
-        ("resize --memory 1047553K", "2M"),
+        ("resize --memory 1025M", "2M"),
         ("resize --memory 256M", "from the start"),
         ("remove-device mem0", "mem0"),
     ] {

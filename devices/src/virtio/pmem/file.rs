@@ -14,12 +14,16 @@ use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use log::error;
+use rustix::fs::{SeekFrom as SeekTo, seek};
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A file's size must be a multiple of this: what the guest maps it by.
 pub const SIZE_ALIGN: u64 = 2 << 20;
 /// The page that the kernel maps files by.
 const PAGE: u64 = 4096;
+/// Pieces of a file, data or holes, that are mapped apart: the kernel has 65530 mappings for a process.
+const PIECES_MAX: usize = 4096;
 
 /// A file that cannot be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -256,7 +260,7 @@ impl MappedFile {
     pub fn give_up(&self, all: bool) -> bool {
         let mut health = self.health();
         if health.writes_through {
-            if !self.put_private(health.whole) {
+            if health.whole > 0 && !self.put_private(health.whole) {
                 return false;
             }
             *health = Health { writes_through: false, damaged: true, ..*health };
@@ -291,20 +295,50 @@ impl MappedFile {
         self.has_put(result.err())
     }
 
-    /// Private pages of the file, up to `to`, in the place of shared ones.
+    /// Private pages of the file, up to `to`, in the place of shared ones, and empty ones where it has holes: even to read a hole some file systems
+    /// (tmpfs) need room.
     fn put_private(&self, to: u64) -> bool {
-        let Ok(length) = usize::try_from(to) else { return false };
-        if length == 0 {
-            return true;
+        let mut next = 0;
+        for _ in 0..PIECES_MAX {
+            let data = match seek(&self.file, SeekTo::Data(next)) {
+                Ok(data) => data / PAGE * PAGE,
+                // No more of them.
+                Err(Errno::NXIO) => to,
+                Err(_) => next,
+            };
+            let data = data.clamp(next, to);
+            if data > next && !self.put_empty(next, data) {
+                return false;
+            }
+            if data == to {
+                return true;
+            }
+            let hole = seek(&self.file, SeekTo::Hole(data)).unwrap_or(to);
+            next = hole.next_multiple_of(PAGE).clamp(data + PAGE, to);
+            if !self.put_copy(data, next) {
+                return false;
+            }
+            if next == to {
+                return true;
+            }
         }
+        self.put_copy(next, to)
+    }
+
+    fn put_copy(&self, from: u64, to: u64) -> bool {
+        let (Ok(offset), Ok(length)) = (usize::try_from(from), usize::try_from(to.saturating_sub(from)))
+        else {
+            return false;
+        };
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         let access = ProtFlags::READ | ProtFlags::WRITE;
+        let at = self.address.wrapping_byte_add(offset);
         // SAFETY: as in `put_empty`.
-        let result = unsafe { rustix::mm::mmap(self.address, length, access, flags, &self.file, 0) };
+        let result = unsafe { rustix::mm::mmap(at, length, access, flags, &self.file, from) };
         self.has_put(result.err())
     }
 
-    fn has_put(&self, error: Option<rustix::io::Errno>) -> bool {
+    fn has_put(&self, error: Option<Errno>) -> bool {
         if let Some(e) = error {
             error!("{}: memory of the guest cannot be replaced: {e}", self.path.display());
         }

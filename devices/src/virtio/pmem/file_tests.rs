@@ -118,3 +118,23 @@ fn without_room_for_it_writes_stay_in_memory_and_flushes_fail() {
     assert!(file.give_up(true) && !file.give_up(true));
     assert_eq!(read(&file, 0).unwrap(), 0);
 }
+
+#[test]
+fn holes_of_a_file_that_is_given_up_take_no_more_of_its_file_system() {
+    let scratch = Scratch::new("given-up", 4096);
+    let sparse = fs::File::options().write(true).open(&scratch.0).unwrap();
+    sparse.set_len(4 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, &[6; 8192], 1 << 20).unwrap();
+    let file = MappedFile::open(&scratch.0, None, false).unwrap();
+    let before = file.room().unwrap();
+    assert!(!before.is_none() && file.give_up(false));
+    let bytes: Vec<u8> =
+        [0, 4096, 1 << 20, (1 << 20) + 8192, 3 << 20].map(|at| read(&file, at).unwrap()).into();
+    assert_eq!(bytes, [7, 0, 6, 0, 0]);
+    for at in [0, 4096, 1 << 20, 3 << 20] {
+        write(&file, at, 9).unwrap();
+        assert_eq!(read(&file, at).unwrap(), 9);
+    }
+    assert_eq!(sparse.metadata().unwrap().blocks(), before.blocks);
+    assert_eq!(fs::read(&scratch.0).unwrap()[1 << 20], 6);
+}
