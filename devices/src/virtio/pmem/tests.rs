@@ -26,7 +26,7 @@ impl Placed for Spot {
 impl Places for Room {
     fn place(&self, _file: &Arc<MappedFile>, at: Option<u64>) -> io::Result<Box<dyn Placed>> {
         let start = at.unwrap_or(self.0.load(Ordering::SeqCst));
-        if start % 4096 == 0 { Ok(Box::new(Spot(start))) } else { Err(io::Error::other("no room")) }
+        if start.is_multiple_of(4096) { Ok(Box::new(Spot(start))) } else { Err(io::Error::other("no room")) }
     }
 }
 
