@@ -20,14 +20,16 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 8] = [
+const TARGETS: [&str; 10] = [
     "bar_moves",
     "msix_table",
     "notify_registers",
     "pm_config_shadow",
     "virtio_blk",
     "virtio_console",
+    "virtio_mem",
     "virtio_net",
+    "virtio_pmem",
     "virtio_vsock",
 ];
 /// What a test's name begins with.

@@ -62,6 +62,9 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_console",
     "vmw_vsock_virtio_transport",
     "pvpanic_pci",
+    "virtio_pmem",
+    "nd_pmem",
+    "virtio_mem",
     "ext4",
     "crc32c_generic",
 ];
@@ -85,10 +88,12 @@ pub fn build_host(artifacts: &Artifacts, host: Kernel, guests: &[Kernel], path: 
     let mut append = |part: &[u8]| out.write_all(part).map_err(file_error("write", path));
     append(&cached(&host_base(host)?)?)?;
     let curl = find(&["/usr/bin/curl", "/bin/curl"], "curl", "curl")?;
+    let mkfs = find(&["/sbin/mkfs.ext4", "/usr/sbin/mkfs.ext4"], "mkfs.ext4", "e2fsprogs")?;
     let socat = find(&["/usr/bin/socat", "/bin/socat"], "socat", "socat")?;
     append(&programs(&[
         ("curl", &curl),
         ("socat", &socat),
+        ("mkfs.ext4", &mkfs),
         ("dormouse", &artifacts.dormouse),
         ("vfio_probe", &artifacts.vfio_probe),
         ("api_client", &artifacts.api_client),

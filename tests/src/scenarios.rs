@@ -25,6 +25,8 @@ mod net;
 mod nic;
 mod nvme;
 mod operator;
+mod plugging;
+mod pmem;
 mod recovery;
 mod segments;
 mod slots;
@@ -127,6 +129,8 @@ pub fn all() -> Vec<Scenario> {
         sockets::table(),
         snapshot::table(),
         vhost_user::table(),
+        pmem::table(),
+        plugging::table(),
     ]
     .concat()
     .into_iter()

@@ -17,6 +17,7 @@ use devices::vfio::host_signals;
 use devices::vfio::layout::{FunctionLayout, LayoutError};
 use devices::vfio::open::{Handle, OpenError, name};
 use devices::virtio::Memory;
+use devices::virtio::mem::Mem;
 use devices::virtio::pci::DoorbellMapper;
 use log::{info, warn};
 use pci::cap::pcie::LinkSpeed;
@@ -36,6 +37,7 @@ use vfio_pm::{
 use crate::config::DeviceConfig;
 use crate::events::Events;
 use crate::irq::{Gsi, IrqRouter, MsiVectors};
+use crate::memory::persistent::PersistentSpace;
 use crate::power_events::PowerTeller;
 use crate::remedy::remedy;
 
@@ -149,6 +151,10 @@ pub struct Surroundings {
     pub memory: Memory,
     /// Doorbells of virtio devices.
     pub doorbells: Arc<dyn DoorbellMapper>,
+    /// What memory zones grow by.
+    pub pluggable: Vec<Arc<Mem>>,
+    /// Where persistent memory is.
+    pub persistent: Arc<PersistentSpace>,
 }
 
 /// One assigned device: the host's view and the user's wishes.

@@ -15,8 +15,8 @@ use thiserror::Error;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, Endpoint,
     FsConfig, GenericVhostUserConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, OptionError,
-    PayloadConfig, PciSegmentConfig, PlatformConfig, RateLimitGroupConfig, RestoreConfig, RngConfig,
-    VirtioConsoleConfig, VmConfig, VsockConfig,
+    PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, RestoreConfig,
+    RngConfig, VirtioConsoleConfig, VmConfig, VsockConfig,
 };
 use crate::ctl::CtlArgs;
 use crate::doctor::DoctorOptions;
@@ -40,7 +40,6 @@ const NOT_YET: &[&str] = &[
     "ivshmem",
     "landlock",
     "landlock-rules",
-    "pmem",
     "pvmemcontrol",
     "rtc",
     "tpm",
@@ -155,6 +154,9 @@ struct Run {
     /// vhost-user device of any type: device_type=N,socket=PATH,queue_sizes=[N,..],id=. Takes several values, and can be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
     generic_vhost_user: Vec<String>,
+    /// Persistent memory: file=PATH,size=,discard_writes=off,id=. Takes several values, and can be repeated.
+    #[arg(long, value_name = "KEYS", num_args = 1.., action = ArgAction::Append)]
+    pmem: Vec<String>,
     /// Memory balloon: size=0,deflate_on_oom=off,free_page_reporting=off
     #[arg(long, value_name = "KEYS")]
     balloon: Option<String>,
@@ -511,6 +513,7 @@ impl Run {
             fs: some(&self.fs, FsConfig::parse)?,
             generic_vhost_user: some(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             net: some(&self.net, NetConfig::parse)?,
+            pmem: some(&self.pmem, PmemConfig::parse)?,
             vsock: self.vsock.as_deref().map(VsockConfig::parse).transpose()?,
             devices: (!devices.is_empty()).then_some(devices),
             platform: self.platform.as_deref().map(PlatformConfig::parse).transpose()?,
@@ -535,6 +538,7 @@ impl Run {
             ("--net", !self.net.is_empty()),
             ("--fs", !self.fs.is_empty()),
             ("--generic-vhost-user", !self.generic_vhost_user.is_empty()),
+            ("--pmem", !self.pmem.is_empty()),
             ("--balloon", self.balloon.is_some()),
             ("--watchdog", self.watchdog),
             ("--disk", !self.disk.is_empty()),

@@ -27,6 +27,7 @@ mod parse;
 mod payload;
 pub mod pci_common;
 mod pci_segment;
+mod pmem;
 mod rate_limit;
 mod restore;
 mod rng;
@@ -54,6 +55,7 @@ pub use option_parser::OptionError;
 pub use payload::PayloadConfig;
 pub use pci_common::PciCommon;
 pub use pci_segment::{PciSegmentConfig, PciSegmentError};
+pub use pmem::{PmemConfig, PmemConfigError};
 pub use restore::{MemoryRestoreMode, RestoreConfig, RestoreConfigError};
 pub use rng::RngConfig;
 pub use validate::ConfigError;
@@ -103,6 +105,9 @@ pub struct VmConfig {
     /// Devices of any type that backends are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// Files in the guest's address space.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pmem: Option<Vec<PmemConfig>>,
     /// The memory balloon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
@@ -130,6 +135,9 @@ pub struct VmConfig {
     /// PCI segments of which something is said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pci_segments: Option<Vec<PciSegmentConfig>>,
+    /// The places of the devices by which zones grow, which are no setting.
+    #[serde(skip)]
+    pub memory_pci: Vec<PciCommon>,
     /// What is not there yet.
     #[serde(flatten)]
     pub absent: AbsentSettings,

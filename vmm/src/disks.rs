@@ -35,7 +35,7 @@ impl Groups {
         let mut groups: BTreeMap<_, _> = configured.collect();
         groups.extend(present.iter().filter_map(|unit| match &unit.model {
             Model::Disk(disk) => disk.group.clone(),
-            Model::Virtio(_) | Model::PvPanic => None,
+            Model::Virtio(_) | Model::PvPanic | Model::Pmem(_) | Model::Mem => None,
         }));
         Self(groups)
     }

@@ -3,6 +3,7 @@
 //! What is behind a device (a file, a tap, a socket) is opened here and stays open over reboots of the guest. To add a kind of device: its
 //! configuration in `config/`, a line in [`VmConfig::emulated_mut`](crate::config::VmConfig::emulated_mut), and a line in [`plan`].
 
+use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use devices::virtio::balloon::Balloon;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::discard::Discarder;
 use devices::virtio::pci::{VirtioPci, VirtioPciError, VirtioPciSpec};
+use devices::virtio::pmem::{MappedFile, Pmem, PmemError};
 use devices::virtio::rng::{Rng, RngError};
 use devices::virtio::vsock::{Vsock, VsockError};
 use devices::virtio::watchdog::{CurrentMachine, Watchdog};
@@ -50,6 +52,25 @@ pub enum EmulatedError {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The file behind persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
+    /// Persistent memory that has no place in the guest.
+    #[error(
+        "device {id}: it cannot be shown to the guest: {source}; give the guest less memory, or the device a smaller size="
+    )]
+    PmemPlace {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        source: io::Error,
+    },
+    /// Memory that the machine has not.
+    #[error("device {id}: there is no memory zone of this name; this is a defect, please report it")]
+    NoZone {
+        /// Its name.
+        id: String,
+    },
     /// A device that a vhost-user backend is.
     #[error("device {id}: {source}")]
     VhostUser {
@@ -77,6 +98,10 @@ pub enum Model {
     PvPanic,
     /// A disk, which can be given another size.
     Disk(Arc<DiskUnit>),
+    /// Persistent memory, whose device is a new one in each machine.
+    Pmem(Arc<MappedFile>),
+    /// What a memory zone grows by: part of each machine's memory.
+    Mem,
 }
 
 /// One device, whatever machine it is in.
@@ -100,16 +125,21 @@ impl Unit {
     pub fn resize(&self, size: u64) -> Result<(), String> {
         match &self.model {
             Model::Virtio(device) => device.resize(size),
-            Model::PvPanic => Err("it has no size".to_owned()),
+            Model::PvPanic | Model::Pmem(_) | Model::Mem => Err("it has no size".to_owned()),
             Model::Disk(disk) => disk.block.resize(size).map_err(|e| e.to_string()),
         }
+    }
+
+    /// Whether it can be taken from a machine. Memory is given back by the guest, and the device stays.
+    pub fn is_removable(&self) -> bool {
+        !matches!(self.model, Model::Mem)
     }
 
     /// The pseudoterminal behind it.
     pub fn terminal(&self) -> Option<PathBuf> {
         match &self.model {
             Model::Virtio(device) => device.terminal(),
-            Model::PvPanic | Model::Disk(_) => None,
+            Model::PvPanic | Model::Disk(_) | Model::Pmem(_) | Model::Mem => None,
         }
     }
 
@@ -129,6 +159,16 @@ impl Unit {
             }
             Model::Virtio(device) => Arc::clone(device),
             Model::Disk(disk) => Arc::clone(&disk.block) as _,
+            Model::Mem => {
+                let found = around.pluggable.iter().find(|mem| mem.name() == self.id);
+                let found = found.ok_or_else(|| EmulatedError::NoZone { id: self.id.clone() })?;
+                Arc::clone(found) as _
+            }
+            Model::Pmem(file) => {
+                let places = Arc::clone(&around.persistent) as _;
+                let pmem = Pmem::new(&self.id, Arc::clone(file), places);
+                Arc::new(pmem.map_err(|source| EmulatedError::PmemPlace { id: self.id.clone(), source })?)
+            }
         };
         let spec = VirtioPciSpec {
             name: self.id.clone(),
@@ -183,6 +223,12 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     plan.extend(config.fs.iter().flatten().map(|fs| -> Make<'a> { Box::new(|id| vhost_user::fs(id, fs)) }));
     let generic = config.generic_vhost_user.iter().flatten();
     plan.extend(generic.map(|device| -> Make<'a> { Box::new(|id| vhost_user::generic(id, device)) }));
+    plan.extend(config.pmem.iter().flatten().map(|pmem| -> Make<'a> {
+        Box::new(|_| {
+            let file = MappedFile::open(&pmem.file, pmem.size, pmem.discard_writes)?;
+            Ok(Model::Pmem(Arc::new(file)))
+        })
+    }));
     if let Some(vsock) = &config.vsock {
         plan.push(Box::new(|id| Ok(virtio(Vsock::new(id, vsock.cid, &vsock.socket)?))));
     }
@@ -198,6 +244,7 @@ fn plan<'a>(config: &'a VmConfig, present: &[Unit], shared: &'a Shared) -> Vec<M
     if config.pvpanic {
         plan.push(Box::new(|_| Ok(Model::PvPanic)));
     }
+    plan.extend(config.memory.pluggable_zones().iter().map(|_| -> Make<'a> { Box::new(|_| Ok(Model::Mem)) }));
     plan
 }
 
@@ -228,10 +275,12 @@ mod tests {
     fn every_device_of_a_configuration_has_its_way_of_being_made() {
         let text = r#"{
             "console": {"mode": "Pty"},
+            "memory": {"size": 1073741824, "hotplug_method": "VirtioMem", "hotplug_size": 1073741824},
             "disks": [{"path": "/a"}, {"vhost_user": true, "vhost_socket": "/b"}],
             "net": [{}, {"vhost_user": true, "vhost_socket": "/c"}],
             "fs": [{"tag": "t", "socket": "/d"}],
             "generic_vhost_user": [{"device_type": 26, "socket": "/e", "queue_sizes": [64]}],
+            "pmem": [{"file": "/g"}],
             "vsock": {"cid": 3, "socket": "/f"},
             "balloon": {"size": 0},
             "watchdog": true,
@@ -239,6 +288,6 @@ mod tests {
         }"#;
         let mut config: VmConfig = serde_json::from_str(text).unwrap();
         let ways = plan(&config, &[], &Shared::default()).len();
-        assert_eq!((config.emulated_mut().len(), ways), (12, 12));
+        assert_eq!((config.emulated_mut().len(), ways), (14, 14));
     }
 }

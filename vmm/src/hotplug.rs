@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use acpi::event_abi::PlaceAddress;
 use devices::emulated::EmulatedFunction;
 use devices::event_device::EventDevice;
-use devices::vfio::dma::{self, DmaError};
+use devices::vfio::dma::{self, DmaError, UnmapGate};
 use devices::vfio::function::VfioFunction;
 use devices::vfio::open::{ContextKind, Handle, IommuContext};
 use devices::virtio::discard::{Discarder, Pin};
@@ -28,26 +28,53 @@ use crate::assigned::{AssignedError, Assignment, Seat, Slot, Surroundings, build
 use crate::config::DeviceConfig;
 use crate::emulated::Unit;
 use crate::machine::MachineError;
+use crate::memory::persistent::PersistentSpace;
 use crate::places::Place;
 use crate::vcpu::FaultCure;
 
 /// All functions that may have direct mappings: closed when a vCPU finds their memory gone.
-#[derive(Debug, Default)]
-pub struct CloseBars(RwLock<Vec<Weak<VfioFunction>>>);
+#[derive(Debug)]
+pub struct CloseBars {
+    functions: RwLock<Vec<Weak<VfioFunction>>>,
+    /// Files that can lose pages too.
+    persistent: Arc<PersistentSpace>,
+}
 
 impl CloseBars {
+    /// For a machine without functions yet.
+    pub fn new(persistent: &Arc<PersistentSpace>) -> Self {
+        Self { functions: RwLock::default(), persistent: Arc::clone(persistent) }
+    }
+
     fn add(&self, slot: &Slot) {
-        let mut functions = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         functions.retain(|function| function.strong_count() > 0);
         functions.extend(slot.functions.iter().map(|place| Arc::downgrade(&place.function)));
     }
 }
 
+impl UnmapGate for CloseBars {
+    fn asleep_with_translations(&self) -> Option<Bdf> {
+        // A function may be busy for as long as a reset takes: others do not wait for the list meanwhile.
+        let functions: Vec<_> = {
+            let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+            functions.iter().filter_map(Weak::upgrade).collect()
+        };
+        let found = functions.iter().find(|function| function.is_asleep_with_translations());
+        found.map(|function| function.handle().bdf())
+    }
+}
+
 impl FaultCure for CloseBars {
     fn close_direct_mappings(&self, again: bool) -> bool {
-        let functions = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if self.persistent.mend() {
+            return true;
+        }
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         // All of them, not only the first that had something to close.
-        functions.iter().filter_map(Weak::upgrade).filter(|function| function.close_direct(again)).count() > 0
+        let functions = functions.iter().filter_map(Weak::upgrade);
+        functions.filter(|function| function.close_direct(again)).count() > 0
+            || (again && self.persistent.give_up())
     }
 }
 
@@ -139,7 +166,12 @@ impl AssignedDevices {
                 plug_emulated(&board, place, function)?;
             }
         }
-        Ok(Self { places, board, iommu, closing: Vec::new() })
+        let this = Self { places, board, iommu, closing: Vec::new() };
+        let first = this.slots().flat_map(|slot| &slot.functions).next().map(|first| first.host);
+        if let (Some(context), Some(first)) = (&this.iommu.context, first) {
+            this.attach_pluggable(context, first)?;
+        }
+        Ok(this)
     }
 
     /// The places on bus 0 with the slots in them.
@@ -283,9 +315,21 @@ impl AssignedDevices {
         let handle = context.open(host.bdf, &host.dir, id)?;
         // All of the guest's memory, before the guest can program the device to reach it.
         dma::map_guest_memory(&context, memory, host.bdf)?;
+        self.attach_pluggable(&context, host.bdf)?;
         self.iommu.context = Some(context);
         self.iommu.pin = Some(pin);
         Ok(handle)
+    }
+
+    /// Lets devices reach what the guest plugs.
+    fn attach_pluggable(&self, context: &Arc<IommuContext>, first: Bdf) -> Result<(), DmaError> {
+        let Surroundings { pluggable, .. } = &self.board.around;
+        let gate = Arc::clone(&self.board.close_bars) as _;
+        dma::attach_pluggable(context, pluggable, &gate, first).inspect_err(|_| self.detach_pluggable())
+    }
+
+    fn detach_pluggable(&self) {
+        self.board.around.pluggable.iter().for_each(|mem| mem.blocks().detach());
     }
 
     /// Lets all devices reach more memory; `total` is how much there is then, in bytes.
@@ -412,6 +456,7 @@ impl AssignedDevices {
     /// Without devices the kernel gives up the mappings of guest memory, so they are made anew with the next device.
     fn forget_context_of_nobody(&mut self) {
         if self.places.iter().all(|place| place.slot.is_none()) {
+            self.detach_pluggable();
             self.iommu.context = None;
             self.iommu.pin = None;
         }
@@ -422,6 +467,7 @@ impl Drop for AssignedDevices {
     fn drop(&mut self) {
         // Before the memory that they can reach.
         self.wait_for_closing();
+        self.detach_pluggable();
     }
 }
 

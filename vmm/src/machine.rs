@@ -41,6 +41,7 @@ use crate::hotplug::{AssignedDevices, Board, CloseBars, Iommu};
 use crate::hypervisor::{self, HypervisorError, Processors};
 use crate::ioevents::KvmDoorbells;
 use crate::irq::IrqRouter;
+use crate::memory::persistent::PersistentSpace;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::memslot::{BarMapper, Memslots};
 use crate::orders::Orders;
@@ -255,8 +256,11 @@ impl Machine {
             releases: Arc::clone(&control) as _,
             memory: ram.space().clone(),
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&vm))),
+            pluggable: ram.pluggable().to_vec(),
+            persistent: PersistentSpace::new(map.persistent(), &memslots),
         };
-        let (handles, iommu) = open_devices(config, &devices, &vm, &ram.now(), &lifetime.shared.discarder)?;
+        let (handles, iommu) =
+            open_devices(config, &devices, &vm, &ram.fixed()?, &lifetime.shared.discarder)?;
         let places = build_places(&devices, &handles, &lifetime.units, &around, reserve)?;
         drop(handles);
         let segments = PciSegments::new(&places, &map, &config.segments())?;
@@ -308,7 +312,7 @@ impl Machine {
         };
         let placement = Placement::new(&config.cpus);
 
-        let close_bars = Arc::new(CloseBars::default());
+        let close_bars = Arc::new(CloseBars::new(&around.persistent));
         let context = VcpuContext {
             io: buses.finish(),
             control: Arc::clone(&control),
@@ -350,7 +354,7 @@ fn memory_slots(
     events: &Arc<EventDevice>,
     buses: &mut Buses,
 ) -> Result<Option<Arc<MemorySlots>>, MachineError> {
-    if ram.zones().iter().all(|zone| zone.hotplug.is_none()) {
+    if !ram.pluggable().is_empty() || ram.zones().iter().all(|zone| zone.hotplug.is_none()) {
         return Ok(None);
     }
     let slots = Arc::new(MemorySlots::new(Arc::clone(events)));

@@ -5,6 +5,7 @@
 //! backing    one mapping: anonymous, shared, of huge pages, of a file; its node and its advice
 //! prefault   all pages of a mapping, allocated by several threads
 //! growth     RAM that is added to a running machine
+//! persistent where files stand that are no RAM
 //! numa       what the affinity tables say of it
 //! ```
 
@@ -12,18 +13,21 @@ use std::fs::File;
 use std::sync::Arc;
 
 use arch::layout::AddressRange;
+use devices::virtio::mem::Mem;
+use devices::virtio::mem::blocks::Blocks;
 use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionCollectionError, GuestRegionMmap,
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
 };
 
-use crate::config::{HotplugMethod, MemoryConfig};
+use crate::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig as ZoneConfig};
 use crate::memslot::{Memslot, MemslotError, Memslots};
 use crate::snapshot::ram::SavedRange;
 
 mod backing;
 pub mod growth;
 pub mod numa;
+pub mod persistent;
 mod prefault;
 #[cfg(test)]
 mod tests;
@@ -72,6 +76,7 @@ pub struct GuestRam {
     boot: Arc<GuestMemoryMmap>,
     zones: Vec<Zone>,
     added: Vec<Added>,
+    pluggable: Vec<Arc<Mem>>,
     memslots: Arc<Memslots>,
     content: Option<Content>,
 }
@@ -116,10 +121,13 @@ impl GuestRam {
             boot,
             zones,
             added: Vec::new(),
+            pluggable: Vec::new(),
             memslots: Arc::clone(memslots),
             content,
         };
-        if config.hotplug_method == HotplugMethod::Acpi {
+        if config.hotplug_method == HotplugMethod::VirtioMem {
+            ram.add_pluggable()?;
+        } else {
             for zone in 0..ram.zones.len() {
                 let size = ram.zones[zone].config.hotplugged_size.unwrap_or(0);
                 if let Some(range) = ram.room(zone, size).filter(|range| !range.is_empty()) {
@@ -151,7 +159,10 @@ impl GuestRam {
 
     /// Whether the content of the RAM at this address came with it.
     pub fn has_content(&self, address: u64) -> bool {
-        self.content.is_some() && self.zone_at(address).is_some_and(Zone::is_private)
+        let memory = self.now();
+        let region = memory.find_region(GuestAddress(address));
+        let file = region.and_then(|region| region.file_offset());
+        self.content.as_ref().zip(file).is_some_and(|(content, file)| Arc::ptr_eq(&content.file, file.arc()))
     }
 
     /// What the guest starts with: for what is put there before it runs.
@@ -193,7 +204,7 @@ impl GuestRam {
             self.added.iter().filter(|added| added.zone == zone).map(|added| added.range.len).sum();
         let limit = self.zones.get(zone)?.config.hotplug_size?;
         let start = range.start.0.checked_add(used)?;
-        (used.checked_add(size)? <= limit).then(|| AddressRange::new(vm_memory::GuestAddress(start), size))
+        (used.checked_add(size)? <= limit).then(|| AddressRange::new(GuestAddress(start), size))
     }
 
     /// Maps memory of a zone for `range`, which is in its range for growth. The guest does not have it yet.
@@ -209,12 +220,52 @@ impl GuestRam {
     /// Gives mapped memory of a zone to the guest: a memory slot, and a place in the space that devices see. Nothing is left of it if it
     /// fails.
     pub fn show(&mut self, zone: usize, region: &Arc<GuestRegionMmap>) -> Result<(), MemoryError> {
+        self.insert(region)?;
+        self.added.push(Added { zone, range: AddressRange::new(region.start_addr(), region.len()) });
+        Ok(())
+    }
+
+    fn insert(&mut self, region: &Arc<GuestRegionMmap>) -> Result<(), MemoryError> {
         let larger = self.now().insert_region(Arc::clone(region)).map_err(MemoryError::Layout)?;
         let slot = slot(&self.memslots, region)?;
         self.slots.push(slot);
         self.space.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(larger);
-        self.added.push(Added { zone, range: AddressRange::new(region.start_addr(), region.len()) });
         Ok(())
+    }
+
+    /// Makes the ranges where zones may grow memory that the guest plugs (virtio-mem). All of them are there as mapping and memory slot,
+    /// and nothing of them takes memory yet.
+    fn add_pluggable(&mut self) -> Result<(), MemoryError> {
+        for zone in self.zones.clone() {
+            let Some(range) = zone.hotplug else { continue };
+            let page = backing::page_size(&zone)?;
+            let region = Arc::new(backing::map_sparse(&zone, range, zone.config.size)?);
+            self.insert(&region)?;
+            let ZoneConfig { id, hugepages, prefault, reserve, hotplugged_size, .. } = &zone.config;
+            // A page that is not there when the guest touches it would end the VM.
+            let blocks = Blocks::new(region, page, *hugepages || *prefault || *reserve);
+            let mem = Mem::new(id, zone.node, blocks, hotplugged_size.unwrap_or(0));
+            self.pluggable.push(Arc::new(mem));
+        }
+        Ok(())
+    }
+
+    /// The devices through which the guest plugs memory: one for each zone that may grow so.
+    pub fn pluggable(&self) -> &[Arc<Mem>] {
+        &self.pluggable
+    }
+
+    /// RAM that is the guest's whether it plugs it or not.
+    ///
+    /// # Errors
+    /// Regions do not fit together, which cannot be.
+    pub fn fixed(&self) -> Result<GuestMemoryMmap, MemoryError> {
+        let mut memory = GuestMemoryMmap::clone(&self.now());
+        for blocks in self.pluggable.iter().map(|mem| mem.blocks()) {
+            let (start, size) = (GuestAddress(blocks.start()), blocks.region_len());
+            (memory, _) = memory.remove_region(start, size).map_err(MemoryError::Layout)?;
+        }
+        Ok(memory)
     }
 }
 

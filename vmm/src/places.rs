@@ -169,6 +169,7 @@ pub fn build_places(
             true => Seat::new_port(device, around).map_err(AssignedError::from)?,
             false => Seat::Bus0(device),
         };
+        let stays = matches!(&content, Content::Emulated(unit) if !unit.is_removable());
         let (mut slot, mut emulated) = (None, None);
         match content {
             Content::Assigned(members) => {
@@ -199,7 +200,7 @@ pub fn build_places(
             slot,
             emulated,
             resources,
-            removable: reserve.hotplug && alone,
+            removable: reserve.hotplug && alone && !stays,
             has_slot: reserved,
             leaving: false,
         });

@@ -127,7 +127,7 @@ impl Running {
     /// See [`AssignedDevices::add`](crate::hotplug::AssignedDevices::add).
     pub fn add_device(&mut self, assignment: &Assignment) -> Result<Moved, MachineError> {
         let Machine { assigned, ram, vm, .. } = &mut self.machine;
-        assigned.add(assignment, &ram.now(), || Ok(hypervisor::create_vfio_device(vm)?))
+        assigned.add(assignment, &ram.fixed()?, || Ok(hypervisor::create_vfio_device(vm)?))
     }
 
     /// Adds one of the machine's own devices.

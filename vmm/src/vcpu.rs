@@ -33,7 +33,7 @@ const SYSTEM_EVENTS: [StopReason; 3] = [StopReason::PowerOff, StopReason::Reset,
 const MAX_FAULTS_IN_A_ROW: u32 = 16;
 
 /// What a vCPU does when `KVM_RUN` finds no memory behind a guest address (`EFAULT`): closes every direct
-/// mapping of assigned devices, so that the access is trapped when it is tried again.
+/// mapping of assigned devices, so that the access is trapped when it is tried again, and puts memory in the place of what a file has lost.
 pub trait FaultCure: Send + Sync {
     /// `again`: the last cure did not help. Returns whether there was anything to close.
     fn close_direct_mappings(&self, again: bool) -> bool;
@@ -381,9 +381,13 @@ impl Vcpu {
                         faults += 1;
                         let closed = self.context.faults.close_direct_mappings(faults > 1);
                         warn!(
-                            "vCPU {}: no memory behind a guest address; direct BAR mappings {}",
+                            "vCPU {}: no memory behind a guest address; what can lose it {}",
                             self.number,
-                            if closed { "closed, the access is tried again" } else { "were closed already" }
+                            if closed {
+                                "was looked after, the access is tried again"
+                            } else {
+                                "was looked after already"
+                            }
                         );
                         Next::Run
                     }

@@ -34,6 +34,8 @@
 //!            +-------------------------+
 //!            | RAM that may be added   |  each range starts at a multiple of 128 MiB, and steps over the same
 //!            +-------------------------+
+//!            | persistent memory       |  from the next GiB on
+//!            +-------------------------+
 //! 2^(bits-1) +-------------------------+  64-bit PCI memory window: the upper half of the
 //!            |                         |  guest-physical space
 //!   2^bits   +-------------------------+
@@ -317,6 +319,8 @@ pub struct MemoryMap {
     /// Ranges for RAM that may be added later, in ascending order.
     hotplug: Vec<AddressRange>,
     mmio64: AddressRange,
+    /// What [`MemoryMap::lower_mmio64`] leaves of the window for persistent memory.
+    behind_mmio64: Option<AddressRange>,
     /// ACPI tables at the top of low RAM, when they do not fit below 1 MiB.
     tables: Option<AddressRange>,
 }
@@ -352,7 +356,7 @@ impl MemoryMap {
         if left > 0 {
             return Err(too_large);
         }
-        Ok(Self { ram, hotplug: Vec::new(), mmio64, tables: None })
+        Ok(Self { ram, hotplug: Vec::new(), mmio64, behind_mmio64: None, tables: None })
     }
 
     /// The RAM ranges, in ascending order: one memory slot each. The first one starts at 0.
@@ -405,7 +409,25 @@ impl MemoryMap {
         if window.overlaps(&HYPERTRANSPORT) {
             window = AddressRange::between(start, HYPERTRANSPORT.start);
         }
-        self.mmio64 = window;
+        // Persistent memory behind it. Linux reaches 10 TiB more than it has at boot, so not at the far end.
+        let middle = GuestAddress(start.0 + (window.len / 4 * 3).min(4 << 40) / GIB * GIB);
+        self.behind_mmio64 = Some(AddressRange::between(middle, window.end()));
+        self.mmio64 = AddressRange::between(start, middle);
+    }
+
+    /// Where persistent memory may be: above all RAM that there is and may be, and outside of the PCI windows, in which the guest puts BARs
+    /// as it likes.
+    pub fn persistent(&self) -> AddressRange {
+        const GIB: u64 = 1 << 30;
+        if let Some(range) = self.behind_mmio64 {
+            return range;
+        }
+        let ends = self.ram.iter().chain(&self.hotplug).map(AddressRange::end);
+        let above = ends.max().unwrap_or(HIGH_RAM).max(HIGH_RAM).0.next_multiple_of(GIB);
+        let rest = high_ram_gaps(self.mmio64.start)
+            .map(|gap| AddressRange::between(GuestAddress(gap.start.0.max(above)), gap.end()));
+        let largest = rest.into_iter().find(|gap| gap.len >= GIB);
+        largest.unwrap_or(AddressRange::new(GuestAddress(above), 0))
     }
 
     /// First address behind the low RAM that the guest may use: the initramfs ends here.

@@ -29,10 +29,13 @@ const CAP_MSIX: u8 = 0x11;
 const PCIE_TYPE_ENDPOINT: u8 = 0x0;
 const PCIE_TYPE_RC_ENDPOINT: u8 = 0x9;
 
+/// Address Translation Services (section 10.5.1).
+const ATS: u16 = 0x000f;
+
 /// Extended capabilities that make no sense in a guest: it would size BARs the host has sized (ReBAR), make
 /// functions it does not own (SR-IOV), number functions in a way its root port does not route (ARI), or use
 /// translations that no virtual IOMMU gives (ATS, PRI, PASID).
-const HIDDEN_EXTENDED: [u16; 7] = [0x000e, 0x000f, 0x0010, 0x0013, 0x0015, 0x001b, 0x0024];
+const HIDDEN_EXTENDED: [u16; 7] = [0x000e, ATS, 0x0010, 0x0013, 0x0015, 0x001b, 0x0024];
 
 /// A capability list that cannot be followed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +70,8 @@ pub struct ConfigShadow {
     patches: Vec<Patch>,
     capabilities: Capabilities,
     vendor: Vec<u16>,
+    /// Whether it can keep translations of addresses (ATS; section 10.5.1).
+    translations: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -98,8 +103,10 @@ impl ConfigShadow {
             mask: HEADER_MULTI_FUNCTION,
             value: if multi_function { HEADER_MULTI_FUNCTION } else { 0 },
         }];
+        let mut translations = false;
         for offset in walk_extended(bdf, &bytes)? {
             let id = u16::from_le_bytes([bytes[offset], bytes[offset + 1]]);
+            translations |= id == ATS;
             if HIDDEN_EXTENDED.contains(&id) {
                 // The null capability keeps its place in the list (section 7.9.28).
                 patches.extend([offset, offset + 1].map(|offset| Patch { offset, mask: 0xff, value: 0 }));
@@ -111,12 +118,17 @@ impl ConfigShadow {
                 patches.push(Patch { offset: pcie + 2, mask: 0xf0, value: PCIE_TYPE_ENDPOINT << 4 });
             }
         }
-        Ok(Self { bytes, patches, capabilities, vendor })
+        Ok(Self { bytes, patches, capabilities, vendor, translations })
     }
 
     /// Where the capabilities lie.
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    /// Whether the function can keep translations of addresses.
+    pub fn has_translation_cache(&self) -> bool {
+        self.translations
     }
 
     /// Where the vendor-specific capabilities lie, each at least 16 bytes from the end of conventional space.

@@ -235,6 +235,12 @@ impl VfioFunction {
         true
     }
 
+    /// Whether it may know addresses from the host's IOMMU that it cannot be told to forget now.
+    pub fn is_asleep_with_translations(&self) -> bool {
+        let inner = self.inner();
+        inner.shadow.has_translation_cache() && !inner.accessible()
+    }
+
     /// Resets the device, as a secondary bus reset of its root port does. Does nothing while it is asleep.
     ///
     /// Takes 100 ms, and up to a minute if the device does not come back. The mutex is held meanwhile: an access would find the

@@ -72,12 +72,15 @@ impl Discarder {
     }
 }
 
-fn discard_in(
+/// Gives whole pages of a region back to the host, whether or not anything is pinned.
+pub(super) fn discard_in(
     region: &vm_memory::GuestRegionMmap,
     offset: MemoryRegionAddress,
     count: u64,
 ) -> io::Result<()> {
-    if let Some(file) = region.file_offset() {
+    // A file that is only read keeps what it has.
+    let is_shared = region.flags() & libc::MAP_SHARED != 0;
+    if let Some(file) = region.file_offset().filter(|_| is_shared) {
         // Shared memory is in a file; only a hole in it frees the page for all who map it.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(file.file(), flags, file.start() + offset.0, count)?;
@@ -89,6 +92,20 @@ fn discard_in(
     // SAFETY: the range is `count` bytes of the region's own mapping, which outlives this call; what is in it the guest has given up, and
     // nothing here holds references into guest memory.
     unsafe { madvise(address.cast(), length, Advice::LinuxDontNeed) }?;
+    Ok(())
+}
+
+/// Takes all pages of a part of a region from the host now.
+pub(super) fn populate_in(
+    region: &vm_memory::GuestRegionMmap,
+    offset: MemoryRegionAddress,
+    count: u64,
+) -> io::Result<()> {
+    let length = usize::try_from(count).map_err(io::Error::other)?;
+    let slice = region.get_slice(offset, length).map_err(io::Error::other)?;
+    let address = slice.ptr_guard_mut().as_ptr();
+    // SAFETY: the range is `count` bytes of the region's own mapping, which outlives this call; what is in it stays.
+    unsafe { madvise(address.cast(), length, Advice::LinuxPopulateWrite) }?;
     Ok(())
 }
 

@@ -12,8 +12,8 @@ use vfio_pm::PolicyChange;
 use super::http::{Content, Method, Reply, Request};
 use super::{Access, Api, info, metrics, power};
 use crate::config::{
-    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RestoreConfig,
-    VmConfig, VsockConfig, from_json,
+    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
+    RestoreConfig, VmConfig, VsockConfig, from_json,
 };
 use crate::orders::{Addition, Completion, Order, Resize};
 use crate::vm_error::VmError;
@@ -89,7 +89,7 @@ const ENDPOINTS: &[(&str, &str, Endpoint)] = &[
         Endpoint::Body(add_generic_vhost_user),
     ),
     ("vm.add-net", "The network device could not be added to the VM", Endpoint::BodyAndFiles(add_net)),
-    ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Absent("virtio-pmem")),
+    ("vm.add-pmem", "The pmem device could not be added to the VM", Endpoint::Body(add_pmem)),
     ("vm.add-vdpa", "The vDPA device could not be added to the VM", Endpoint::Absent("vDPA")),
     ("vm.add-vsock", "The vsock device could not be added to the VM", Endpoint::Body(add_vsock)),
     ("vm.resize-disk", "The disk could not be resized", Endpoint::Body(resize_disk)),
@@ -266,6 +266,11 @@ fn add_net(api: &Api, body: &[u8], files: Vec<OwnedFd>) -> Result<Answer, Failur
         net.fds = Some(Descriptors::of_files(files));
     }
     add_emulated(api, move |config| config.net.get_or_insert_default().push(net))
+}
+
+fn add_pmem(api: &Api, body: &[u8]) -> Result<Answer, Failure> {
+    let pmem = parse::<PmemConfig>(body)?;
+    add_emulated(api, move |config| config.pmem.get_or_insert_default().push(pmem))
 }
 
 fn add_vsock(api: &Api, body: &[u8]) -> Result<Answer, Failure> {

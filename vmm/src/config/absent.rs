@@ -34,7 +34,6 @@ macro_rules! absent {
 }
 
 absent! {
-    pmem => "pmem (--pmem)",
     user_devices => "user_devices (--user-device)",
     vdpa => "vdpa (--vdpa)",
     iommu => "iommu (a device with iommu=on)",
@@ -61,7 +60,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asks_for_is_accepted_and_not_shown() {
-        let text = r#"{"pmem": null, "vdpa": [], "tpm": null, "unheard_of": {"a": 1}}"#;
+        let text = r#"{"rtc": null, "vdpa": [], "tpm": null, "unheard_of": {"a": 1}}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert!(settings.validate().is_ok());
         assert_eq!(serde_json::to_string(&settings).unwrap(), "{}");
@@ -69,11 +68,11 @@ mod tests {
 
     #[test]
     fn what_somebody_asks_for_is_shown_and_refused_by_name() {
-        let text = r#"{"pmem":[{"file":"/p"}]}"#;
+        let text = r#"{"vdpa":[{"path":"/p"}]}"#;
         let settings: AbsentSettings = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_string(&settings).unwrap(), text);
         assert!(
-            settings.validate().unwrap_err().to_string().starts_with("pmem (--pmem) is not in Dormouse yet")
+            settings.validate().unwrap_err().to_string().starts_with("vdpa (--vdpa) is not in Dormouse yet")
         );
     }
 }

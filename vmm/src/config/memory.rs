@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use arch::layout::{HOTPLUG_ALIGN, MIN_RAM};
+use devices::virtio::mem::blocks::BLOCK_MIN;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -127,6 +128,20 @@ pub enum MemoryConfigError {
         /// The size.
         size: u64,
     },
+    /// What is plugged by virtio-mem comes in blocks too.
+    #[error(
+        "{option}: {key}={size} is not a multiple of {unit}, as hotplug_method=virtio-mem needs it; round it"
+    )]
+    NotPluggable {
+        /// The option, with the zone.
+        option: String,
+        /// The key.
+        key: &'static str,
+        /// The size.
+        size: u64,
+        /// What it must be a multiple of.
+        unit: &'static str,
+    },
     /// A policy that a file of the page cache does not have.
     #[error(
         "--memory-zone id={id}: host_numa_node has no effect on a file that others map too; leave it out, or write shared=off"
@@ -212,6 +227,15 @@ impl MemoryConfig {
         added.fold(self.boot_size(), u64::saturating_add)
     }
 
+    /// Zones of which the guest plugs and unplugs memory: each has a device, which is called as the zone is.
+    pub fn pluggable_zones(&self) -> Vec<String> {
+        if self.hotplug_method != HotplugMethod::VirtioMem {
+            return Vec::new();
+        }
+        let zones = self.effective_zones().into_iter();
+        zones.filter(|zone| zone.hotplug_size.is_some()).map(|zone| zone.id).collect()
+    }
+
     /// Whether the zones are the user's own.
     pub fn has_zones(&self) -> bool {
         self.zones.as_ref().is_some_and(|zones| !zones.is_empty())
@@ -222,10 +246,6 @@ impl MemoryConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        super::validate::refuse(
-            self.hotplug_method != HotplugMethod::Acpi,
-            "--memory hotplug_method=virtio-mem",
-        )?;
         if self.has_zones() && self.size != 0 {
             return Err(MemoryConfigError::SizeAndZones { size: self.size }.into());
         }
@@ -270,9 +290,21 @@ impl MemoryConfig {
             if size > limit {
                 return Err(E::TooMuchHotplugged { option: name(), size, limit });
             }
-            if !size.is_multiple_of(HOTPLUG_ALIGN) {
-                return Err(E::NotBlocks { option: name(), size });
+            match self.hotplug_method {
+                HotplugMethod::Acpi if !size.is_multiple_of(HOTPLUG_ALIGN) => {
+                    return Err(E::NotBlocks { option: name(), size });
+                }
+                HotplugMethod::VirtioMem if !size.is_multiple_of(BLOCK_MIN) => {
+                    return Err(E::NotPluggable { option: name(), key: "hotplugged_size", size, unit: "2M" });
+                }
+                _ => {}
             }
+        }
+        if self.hotplug_method == HotplugMethod::VirtioMem
+            && let Some(size) = zone.hotplug_size.filter(|size| !size.is_multiple_of(HOTPLUG_ALIGN.max(page)))
+        {
+            let unit = if page > HOTPLUG_ALIGN { "hugepage_size" } else { "128M" };
+            return Err(E::NotPluggable { option: name(), key: "hotplug_size", size, unit });
         }
         if zone.file.is_some() && zone.shared && zone.host_numa_node.is_some() {
             return Err(E::NodeOfSharedFile { id: id() });
@@ -287,6 +319,24 @@ mod tests {
 
     fn zone(text: &str) -> MemoryZoneConfig {
         MemoryZoneConfig::parse(text).unwrap()
+    }
+
+    fn virtio_mem(keys: &str) -> MemoryConfig {
+        MemoryConfig::parse(&format!("hotplug_method=virtio-mem,{keys}")).unwrap()
+    }
+
+    #[test]
+    fn each_zone_that_may_grow_by_virtio_mem_has_a_device_of_its_name() {
+        let one = virtio_mem("size=1G,hotplug_size=1G,hotplugged_size=2M");
+        assert!(one.validate().is_ok());
+        assert_eq!(
+            (one.pluggable_zones(), one.total_size()),
+            (vec!["mem0".to_owned()], (1 << 30) + (2 << 20))
+        );
+        let mut zones = with_zones(&["id=a,size=1G,hotplug_size=1G", "id=b,size=512M"]);
+        assert!(zones.pluggable_zones().is_empty());
+        zones.hotplug_method = HotplugMethod::VirtioMem;
+        assert_eq!(zones.pluggable_zones(), ["a"]);
     }
 
     fn with_zones(zones: &[&str]) -> MemoryConfig {
@@ -341,6 +391,12 @@ mod tests {
             (with_zones(&["id=a,hotplugged_size=128M"]), &["hotplugged_size", "hotplug_size=0"]),
             (with_zones(&["id=a,hotplug_size=1G,hotplugged_size=1M"]), &["128M"]),
             (with_zones(&["id=a,file=/f,shared=on,host_numa_node=0"]), &["id=a", "shared=off"]),
+            (virtio_mem("size=1G,hotplug_size=100M"), &["hotplug_size=104857600", "128M"]),
+            (virtio_mem("size=1G,hotplug_size=1G,hotplugged_size=3M"), &["hotplugged_size=3145728", "2M"]),
+            (
+                virtio_mem("size=1G,hugepages=on,hugepage_size=1G,hotplug_size=1536M"),
+                &["hotplug_size", "multiple of hugepage_size"],
+            ),
         ] {
             let message = memory.validate().unwrap_err().to_string();
             assert!(words.iter().all(|word| message.contains(word)), "{words:?}: {message}");

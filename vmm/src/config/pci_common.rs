@@ -68,6 +68,7 @@ impl VmConfig {
         devices.extend(self.fs.iter_mut().flatten().map(|fs| (Numbered("_fs"), &mut fs.pci)));
         let generic = self.generic_vhost_user.iter_mut().flatten();
         devices.extend(generic.map(|device| (Numbered("_generic_vhost_user"), &mut device.pci)));
+        devices.extend(self.pmem.iter_mut().flatten().map(|pmem| (Numbered("_pmem"), &mut pmem.pci)));
         devices.extend(self.vsock.iter_mut().map(|vsock| (Numbered("_vsock"), &mut vsock.pci)));
         devices.extend(self.balloon.iter_mut().map(|balloon| (Only("__balloon"), &mut balloon.pci)));
         if self.watchdog {
@@ -75,6 +76,12 @@ impl VmConfig {
         }
         if self.pvpanic {
             devices.push((Only("__pvpanic"), &mut self.pvpanic_pci));
+        }
+        let zones = self.memory.pluggable_zones();
+        self.memory_pci.resize_with(zones.len(), PciCommon::default);
+        for (zone, pci) in zones.into_iter().zip(&mut self.memory_pci) {
+            pci.id = Some(zone);
+            devices.push((Numbered("_mem"), pci));
         }
         devices
     }
@@ -96,6 +103,7 @@ impl VmConfig {
                     || remove(&mut self.net, id, |net| &net.pci)
                     || remove(&mut self.fs, id, |fs| &fs.pci)
                     || remove(&mut self.generic_vhost_user, id, |device| &device.pci)
+                    || remove(&mut self.pmem, id, |pmem| &pmem.pci)
                     || self.vsock.take_if(|vsock| vsock.pci.id.as_deref() == Some(id)).is_some()
             }
         }

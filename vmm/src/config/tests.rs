@@ -52,8 +52,6 @@ fn the_default_machine_is_valid_once_it_has_a_kernel() {
 
 #[test]
 fn what_is_not_there_yet_is_refused_by_name() {
-    let memory = |text| error(|c| c.memory = MemoryConfig::parse(text).unwrap());
-    assert!(memory("hotplug_method=virtio-mem,hotplug_size=1G").contains("virtio-mem"));
     let platform = |text| error(|c| c.platform = Some(PlatformConfig::parse(text).unwrap()));
     for key in ["iommu_segments=[0]", "iommu_address_width=48", "iommufd_fd=3", "tdx=on", "sev_snp=on"] {
         assert!(platform(key).contains(key.split('=').next().unwrap()), "{key}");

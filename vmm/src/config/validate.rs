@@ -49,6 +49,9 @@ pub enum ConfigError {
         /// Bytes asked for.
         size: u64,
     },
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] super::PmemConfigError),
     /// Memory and its zones.
     #[error(transparent)]
     Memory(#[from] MemoryConfigError),
@@ -230,6 +233,7 @@ impl VmConfig {
         self.validate_disks()?;
         self.validate_net()?;
         self.vsock.iter().try_for_each(super::VsockConfig::validate)?;
+        self.pmem.iter().flatten().try_for_each(super::PmemConfig::validate)?;
         self.validate_names_and_places()
     }
 

@@ -1,9 +1,11 @@
 //! RAM as operators change it: at once where it grows, with the next boot where it shrinks, as in Cloud Hypervisor.
 
+use devices::virtio::device::VirtioDevice;
 use log::info;
 
 use super::Lifecycle;
-use crate::memory::growth::{find_zone, grow};
+use crate::config::HotplugMethod;
+use crate::memory::growth::{GrowthError, find_zone, grow};
 use crate::vm_error::VmError;
 
 /// The whole of a machine without zones, or one zone.
@@ -58,19 +60,31 @@ impl Lifecycle {
             None => 0,
             Some(zone) => find_zone(&machine.ram, &zone.id).map_err(|e| refused(e.to_string()))?,
         };
-        match zone {
-            None => {
+        let by_plugging = memory.hotplug_method == HotplugMethod::VirtioMem;
+        let added = match zone {
+            None if !by_plugging => {
                 memory.size = wanted;
                 memory.hotplugged_size = None;
+                0
             }
-            Some(zone) => {
-                let Some(added) = wanted.checked_sub(zone.size) else {
-                    return Err(refused(format!("it has {} bytes from the start, which stay", zone.size)));
-                };
-                zone.hotplugged_size = (added > 0).then_some(added);
-            }
-        }
+            None => beyond(wanted, memory.size, &mut memory.hotplugged_size).map_err(refused)?,
+            Some(zone) => beyond(wanted, zone.size, &mut zone.hotplugged_size).map_err(refused)?,
+        };
         memory.validate()?;
+        if by_plugging {
+            let zone = machine.ram.zones().get(number).map_or("", |zone| zone.config.id.as_str());
+            let mem = machine.ram.pluggable().iter().find(|mem| mem.name() == zone);
+            match mem {
+                Some(mem) => mem.resize(added).map_err(refused)?,
+                None if added > 0 => {
+                    return Err(refused(GrowthError::NoRoom { zone: zone.to_owned() }.to_string()));
+                }
+                None => {}
+            }
+            vm.config.memory = memory;
+            self.show_config();
+            return Ok(());
+        }
         let now = machine.ram.size(number);
         match wanted.checked_sub(now) {
             Some(0) => {}
@@ -81,4 +95,12 @@ impl Lifecycle {
         self.show_config();
         Ok(())
     }
+}
+
+/// How much `wanted` is beyond what was there at boot, which is also noted.
+fn beyond(wanted: u64, at_boot: u64, hotplugged: &mut Option<u64>) -> Result<u64, String> {
+    let added = wanted.checked_sub(at_boot);
+    let added = added.ok_or_else(|| format!("it has {at_boot} bytes from the start, which stay"))?;
+    *hotplugged = (added > 0).then_some(added);
+    Ok(added)
 }

@@ -3,7 +3,7 @@
 use log::info;
 
 use super::{Lifecycle, Vm};
-use crate::config::{MemoryConfig, MemoryRestoreMode, RestoreConfig};
+use crate::config::{HotplugMethod, MemoryConfig, MemoryRestoreMode, RestoreConfig};
 use crate::memory::GuestRam;
 use crate::snapshot::directory::Directory;
 use crate::snapshot::{Saved, SnapshotError};
@@ -69,6 +69,10 @@ impl Lifecycle {
 /// The configuration of memory with which a machine has the RAM that this one has, in the same places: what has been added to it stays where
 /// memory is added.
 fn lay_out(memory: &mut MemoryConfig, ram: &GuestRam) {
+    if memory.hotplug_method == HotplugMethod::VirtioMem {
+        // What the guest plugs is the devices' to save.
+        return;
+    }
     let sizes = |number: usize| {
         let boot = ram.zones().get(number).map_or(0, |zone| zone.config.size);
         let added = ram.size(number).saturating_sub(boot);

@@ -15,6 +15,7 @@ use vm_memory::{FileOffset, GuestRegionMmap, MmapRegion, VolatileMemory};
 use super::Content;
 use super::prefault::{self, PrefaultError};
 use super::zones::Zone;
+use crate::config::MemoryZoneConfig;
 use crate::remedy::remedy;
 
 /// Where the kernel lists its pools of huge pages.
@@ -145,6 +146,22 @@ pub fn map(
     offset: u64,
     content: Option<&Content>,
 ) -> Result<GuestRegionMmap, BackingError> {
+    map_as(zone, range, offset, content, false)
+}
+
+/// Maps a range of which the guest will plug parts: nothing of it is set aside now.
+pub fn map_sparse(zone: &Zone, range: AddressRange, offset: u64) -> Result<GuestRegionMmap, BackingError> {
+    let config = MemoryZoneConfig { prefault: false, reserve: false, ..zone.config.clone() };
+    map_as(&Zone { config, ..zone.clone() }, range, offset, None, true)
+}
+
+fn map_as(
+    zone: &Zone,
+    range: AddressRange,
+    offset: u64,
+    content: Option<&Content>,
+    sparse: bool,
+) -> Result<GuestRegionMmap, BackingError> {
     let config = &zone.config;
     let name = || config.id.clone();
     let size = range.len;
@@ -155,7 +172,7 @@ pub fn map(
     let mut flags = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     // Of huge pages there are as many as there are: those of this guest are set aside now. It would be killed by the one that it does
     // not get later.
-    if !config.reserve && huge.is_none() {
+    if sparse || (!config.reserve && huge.is_none()) {
         flags |= libc::MAP_NORESERVE;
     }
     let map_error = |source| match huge {
@@ -204,6 +221,11 @@ pub fn map(
             .map_err(|source| BackingError::Prefault { zone: name(), source })?;
     }
     GuestRegionMmap::new(region, range.start).ok_or_else(|| map_error(MmapRegionError::InvalidPointer))
+}
+
+/// The size of the zone's pages.
+pub fn page_size(zone: &Zone) -> Result<u64, BackingError> {
+    if zone.config.hugepages { huge_page_size(zone) } else { Ok(4096) }
 }
 
 /// The size of the zone's huge pages, which the host has.

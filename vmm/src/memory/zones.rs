@@ -2,9 +2,10 @@
 //! where it may grow.
 
 use arch::layout::{AddressRange, LayoutError, MemoryMap};
+use devices::virtio::mem::blocks::block_size;
 use vm_memory::GuestAddress;
 
-use crate::config::{MemoryConfig, MemoryZoneConfig, NumaConfig, node_of_zone};
+use crate::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig, NumaConfig, node_of_zone};
 
 /// A piece of a zone: one mapping, one memory slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +70,10 @@ pub fn plan(
     }
     for zone in &mut zones {
         if let Some(size) = zone.config.hotplug_size {
-            let align = zone.config.hugepage_size.unwrap_or(0);
+            let mut align = zone.config.hugepage_size.unwrap_or(0);
+            if config.hotplug_method == HotplugMethod::VirtioMem {
+                align = block_size(size, align);
+            }
             zone.hotplug = Some(map.reserve_hotplug(size, align)?);
         }
     }

@@ -160,13 +160,34 @@ fn outside(error: GuestMemoryError) -> io::Error {
     }
 }
 
-/// Parts of a range that may hold something, as offsets in it: of RAM without a file behind it those pages that the host has ever given. To read
-/// the others would be to take memory for nothing.
+/// Parts of a range that may hold something, as offsets in it: those pages that the host has ever given. To read the others would be to take memory
+/// for nothing.
 fn touched(memory: &GuestMemoryMmap, range: &SavedRange) -> Vec<(u64, u64)> {
-    let whole = vec![(0, range.len)];
-    let region = memory.find_region(GuestAddress(range.start));
-    let Some(region) = region.filter(|region| region.file_offset().is_none()) else { return whole };
-    given_pages(region.as_ptr() as u64, range.len).unwrap_or(whole)
+    let whole = || vec![(0, range.len)];
+    let Some(region) = memory.find_region(GuestAddress(range.start)) else { return whole() };
+    let found = match region.file_offset() {
+        None => given_pages(region.as_ptr() as u64, range.len),
+        Some(file) if region.flags() & libc::MAP_SHARED != 0 => {
+            pieces(file.file(), &SavedRange { offset: file.start(), ..*range })
+        }
+        // What has not been written to is as in the file.
+        Some(_) => return whole(),
+    };
+    found.unwrap_or_else(|_| whole())
+}
+
+/// Parts of a range of a file that are no holes.
+fn pieces(file: &File, range: &SavedRange) -> io::Result<Vec<(u64, u64)>> {
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while let Some(data) = next(file, range, at, SeekFrom::Data)? {
+        at = next(file, range, data, SeekFrom::Hole)?.unwrap_or(range.len);
+        pieces.push((data, at));
+        if at == range.len {
+            break;
+        }
+    }
+    Ok(pieces)
 }
 
 /// Runs of pages at host address `start` that are in memory or swapped out (Linux `Documentation/admin-guide/mm/pagemap.rst`).

@@ -144,6 +144,25 @@ fn a_lowered_window_starts_behind_ram_and_reaches_neither_it_nor_hypertransport(
 }
 
 #[test]
+fn persistent_memory_lies_above_all_ram_and_beside_the_windows() {
+    for (size, bits) in [(64 * MIB, 36), (6 * GIB, 36), (6 * GIB, 46), (2048 * GIB, 46)] {
+        for lowered in [false, true] {
+            let mut map = MemoryMap::new(size, bits).unwrap();
+            let added = map.reserve_hotplug(2 * GIB, 0).unwrap();
+            if lowered {
+                map.lower_mmio64();
+            }
+            let range = map.persistent();
+            assert!(range.len >= 8 * GIB && range.start.0.is_multiple_of(GIB), "{range:?}");
+            assert!(range.start >= added.end() && range.end().0 <= 1 << bits, "{range:?}");
+            assert!(!range.overlaps(&map.mmio64()) && !range.overlaps(&HYPERTRANSPORT), "{range:?}");
+            // As far as Linux reaches (RANDOMIZE_MEMORY_PHYSICAL_PADDING).
+            assert!(range.start.0 < added.end().0 + (10 << 40), "{range:?}");
+        }
+    }
+}
+
+#[test]
 fn memory_to_be_added_lies_above_all_ram_in_whole_aligned_blocks() {
     let mut small = map(GIB);
     let first = small.reserve_hotplug(GIB, 4096).unwrap();
