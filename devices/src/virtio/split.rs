@@ -28,6 +28,10 @@ pub struct SplitRing {
     in_flight: InFlight,
     /// The driver's index when last read.
     seen: u16,
+    /// How often that index has moved on.
+    batch: u64,
+    /// For each head, the batch in which it was taken last. All of a batch were made available at the same time, so none can be in it twice.
+    taken_in: Vec<u64>,
     /// Chains given back since the driver was last considered for an interrupt.
     given_back: u16,
 }
@@ -67,6 +71,8 @@ impl SplitRing {
             indirect: features.indirect,
             in_flight: InFlight::new(size),
             seen: position.avail,
+            batch: 0,
+            taken_in: vec![0; usize::from(size)],
             given_back: 0,
         })
     }
@@ -97,6 +103,7 @@ impl SplitRing {
             if waiting == 0 {
                 return Ok(None);
             }
+            self.batch += 1;
         }
         let entry = RING_HEADER + u64::from(next % size) * AVAIL_ENTRY;
         let address = self.queue.avail_ring().wrapping_add(entry);
@@ -106,9 +113,11 @@ impl SplitRing {
         }
         let mut builder = Builder::new(memory, size);
         builder.follow(self.queue.desc_table(), size, head, self.indirect)?;
-        if !self.in_flight.take(head) {
+        let twice = self.taken_in.get(usize::from(head)) == Some(&self.batch);
+        if twice || !self.in_flight.take(head) {
             return Err(RingError::InUse(head));
         }
+        self.note_batch(head, self.batch);
         self.queue.set_next_avail(next.wrapping_add(1));
         Ok(Some(builder.finish(head, 1)))
     }
@@ -116,7 +125,14 @@ impl SplitRing {
     /// Puts back the chain that was taken last, to be taken again later.
     pub fn undo_pop(&mut self, chain: Chain) {
         self.in_flight.give_back(chain.id);
+        self.note_batch(chain.id, 0);
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
+    fn note_batch(&mut self, head: u16, batch: u64) {
+        if let Some(place) = self.taken_in.get_mut(usize::from(head)) {
+            *place = batch;
+        }
     }
 
     /// Gives a chain back to the driver, of which `written` bytes have been written.
