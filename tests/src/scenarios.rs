@@ -25,6 +25,7 @@ mod nic;
 mod nvme;
 mod operator;
 mod recovery;
+mod rings;
 mod slots;
 mod sockets;
 pub mod steps;
@@ -115,6 +116,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        rings::table(),
         net::table(),
         disk::table(),
         sockets::table(),

@@ -235,9 +235,10 @@ fn a_look_at_a_ring_takes_nothing_and_finds_what_is_wrong() {
         let view = memory.memory();
         device.look(&view).unwrap();
         let id = driver.add(&[(DATA, 4, true)]);
+        let more = driver.add(&[(DATA, 4, true); 2]);
         device.look(&view).unwrap();
         device.look(&view).unwrap();
-        assert_eq!(echo(&mut device).unwrap(), [id], "{features:?}");
+        assert_eq!(echo(&mut device).unwrap(), [id, more], "{features:?}");
         driver.add(&[(0x90_0000, 4, true)]);
         assert!(matches!(device.look(&view), Err(RingError::Outside { .. })), "{features:?}");
     }
