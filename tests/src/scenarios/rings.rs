@@ -199,12 +199,37 @@ fn disks_and_networks(case: &Case<'_>) -> Result<()> {
         disk_works(&guest, &format!("/dev/vd{}", if at == 0 { 'a' } else { 'b' }))?;
         vm_lives(host, &guest)?;
     }
-    for (at, function) in functions(&guest, NET)?.iter().enumerate() {
-        break_and_rebind(&guest, &format!("_net{at}"), function, &[0, 1, 2])?;
-        let (_, here, there) = NETS[at];
-        net_works(host, &guest, function, here, there)?;
-        vm_lives(host, &guest)?;
+    let nets = functions(&guest, NET)?;
+    ensure(nets.len() == 2, || format!("network devices: {nets:?}"))?;
+    break_and_rebind(&guest, "_net0", &nets[0], &[0, 1, 2])?;
+    net_works(host, &guest, &nets[0], NETS[0].1, NETS[0].2)?;
+    vm_lives(host, &guest)?;
+    // The host's kernel has these rings, and lets some things pass: a head that is there twice, an indirect table that was not agreed. It looks at the
+    // first only when there is a packet.
+    without_driver(&guest, &nets[1])?;
+    for queue in [0, 1] {
+        let said = guest.sh_for(&format!("guest_tool break-rings {} {queue} survive", nets[1]), LONG)?;
+        let must: &[&str] = if queue == 0 {
+            &["size-in-use", "address-in-use", "ring-nowhere"]
+        } else {
+            &[
+                "loop",
+                "self-loop",
+                "next-past-the-table",
+                "head-past-the-table",
+                "index-jump",
+                "buffer-nowhere",
+                "size-in-use",
+            ]
+        };
+        for offence in must {
+            ensure(said.contains(&format!("{offence}: stopped")), || format!("queue {queue}: {said}"))?;
+        }
     }
+    ensure(stops(&guest, "_net1")? >= 10, || "not in the log".to_owned())?;
+    bind(&guest, &nets[1])?;
+    net_works(host, &guest, &nets[1], NETS[1].1, NETS[1].2)?;
+    vm_lives(host, &guest)?;
     guest_is_content(&guest)?;
     guest.power_off()?;
     host.sh(&format!("rm -rf {PLACE} {}", super::disk::PLACE)).map(drop)
