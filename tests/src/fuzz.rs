@@ -20,7 +20,7 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 8] = [
+const TARGETS: [&str; 9] = [
     "bar_moves",
     "msix_table",
     "notify_registers",
@@ -28,6 +28,7 @@ const TARGETS: [&str; 8] = [
     "virtio_blk",
     "virtio_console",
     "virtio_net",
+    "virtio_small",
     "virtio_vsock",
 ];
 /// What a test's name begins with.

@@ -13,6 +13,7 @@ mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
+mod everything;
 mod faults;
 mod firmware;
 mod gpu;
@@ -98,6 +99,7 @@ pub fn all() -> Vec<Scenario> {
         clients::table(),
         cpus::table(),
         debian::table(),
+        everything::table(),
         disk_faults::table(),
         bad_input::table(),
         doctor::table(),

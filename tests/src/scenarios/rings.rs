@@ -68,7 +68,7 @@ fn break_and_rebind(guest: &Guest<'_>, name: &str, function: &str, queues: &[u16
     for queue in queues {
         let before = stops(guest, name)?;
         let said = guest.sh_for(&format!("guest_tool break-rings {function} {queue}"), LONG)?;
-        ensure(said.contains("reset 200 times"), || format!("{function} queue {queue}: {said}"))?;
+        ensure(said.contains("reset 50 times"), || format!("{function} queue {queue}: {said}"))?;
         // Each is in the log, up to what the log has of one place, and no flood.
         let offences = said.matches(": stopped").count();
         ensure(offences >= 15, || format!("{function} queue {queue}: {said}"))?;

@@ -398,7 +398,7 @@ pub fn break_rings(bdf: &str, queue: &str, survive: bool) -> io::Result<()> {
         device.reset()?;
     }
     // Resets in the middle of work. Another process than the VMM takes its time for each.
-    let resets = if survive { 10 } else { 200 };
+    let resets = if survive { 10 } else { 50 };
     for _ in 0..resets {
         device.negotiate()?;
         let mut queue = Queue::new(number)?;
