@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod come_and_go;
 mod cpus;
 mod debian;
 mod disk;
@@ -100,6 +101,7 @@ pub fn all() -> Vec<Scenario> {
         cpus::table(),
         debian::table(),
         everything::table(),
+        come_and_go::table(),
         disk_faults::table(),
         bad_input::table(),
         doctor::table(),

@@ -20,15 +20,15 @@ const GPU: usize = 0;
 /// For what takes long in an emulated machine.
 const LONG: Duration = Duration::from_secs(120);
 /// Where the VMM answers, and its events.
-const API: &str = "/run/every.sock";
-const EVENTS: &str = "/run/every.events";
+pub const API: &str = "/run/every.sock";
+pub const EVENTS: &str = "/run/every.events";
 /// The socket device's socket.
-const SOCKET: &str = "/run/every.vsock";
+pub const SOCKET: &str = "/run/every.vsock";
 /// Where images are, and what the console has said.
-const PLACE: &str = "/run/every";
+pub const PLACE: &str = "/run/every";
 const SAID: &str = "/run/every/said";
 /// Two networks, moved by the VMM and by the host's kernel: tap, host, guest, the guest's interface's address.
-const NETS: [(&str, &str, &str, &str); 2] = [
+pub const NETS: [(&str, &str, &str, &str); 2] = [
     ("every0", "10.9.0.1", "10.9.0.2", "02:00:00:09:00:02"),
     ("every1", "10.9.1.1", "10.9.1.2", "02:00:00:09:01:02"),
 ];
@@ -49,14 +49,14 @@ pub fn table() -> Vec<Scenario> {
 }
 
 /// What serves the devices on the host. All ends with it.
-struct Peers<'h> {
+pub struct Peers<'h> {
     host: &'h Host,
     fs: Peer<'h>,
     disk: Peer<'h>,
 }
 
 impl<'h> Peers<'h> {
-    fn start(host: &'h Host) -> Result<Self> {
+    pub fn start(host: &'h Host) -> Result<Self> {
         host.sh(&format!(
             "modprobe tun; modprobe vhost_net; rm -rf {PLACE} {EVENTS} {SOCKET}*; mkdir {PLACE}; truncate -s 64M {PLACE}/raw; \
              for f in all default; do echo 1 >/proc/sys/net/ipv6/conf/$f/disable_ipv6; done 2>/dev/null; true"
@@ -64,6 +64,15 @@ impl<'h> Peers<'h> {
         super::disk::qcow2_image(host, "q")?;
         host.sh(&format!("mv {}/q {PLACE}/qcow2", super::disk::PLACE))?;
         Ok(Self { host, fs: vhost_user::virtiofsd(host)?, disk: vhost_user::storage_daemon(host)? })
+    }
+
+    /// Starts those anew that serve one VMM and end when it leaves them.
+    pub fn again(&mut self) -> Result<()> {
+        self.fs.kill()?;
+        self.fs = vhost_user::virtiofsd(self.host)?;
+        self.disk.kill()?;
+        self.disk = vhost_user::storage_daemon(self.host)?;
+        Ok(())
     }
 }
 
@@ -109,7 +118,7 @@ fn spec(host: &Host, console: &str) -> VmSpec {
     spec
 }
 
-fn ctl(host: &Host, words: &str) -> Result<String> {
+pub fn ctl(host: &Host, words: &str) -> Result<String> {
     host.sh(&format!("dormouse ctl --api-socket {API} --json {words}"))
 }
 
@@ -132,7 +141,7 @@ fn use_all(host: &Host, guest: &Guest<'_>) -> Result<()> {
     use_balloon(host)
 }
 
-fn use_disk(guest: &Guest<'_>, disk: &str) -> Result<()> {
+pub fn use_disk(guest: &Guest<'_>, disk: &str) -> Result<()> {
     wait_for("the disk is there", LONG, || {
         let there = guest.probe(&format!("test -b /dev/{disk}"))?;
         Ok(if there.status == 0 { Ok(()) } else { Err(format!("no {disk}")) })
@@ -148,7 +157,7 @@ fn use_disk(guest: &Guest<'_>, disk: &str) -> Result<()> {
     ensure(matches!(sums.as_slice(), [one, two] if one == two), || format!("{disk}: {sums:?}"))
 }
 
-fn use_net(host: &Host, guest: &Guest<'_>, here: &str, there: &str, mac: &str) -> Result<()> {
+pub fn use_net(host: &Host, guest: &Guest<'_>, here: &str, there: &str, mac: &str) -> Result<()> {
     let name = net_name(guest, mac)?;
     guest.sh(&format!(
         "echo 1 >/proc/sys/net/ipv6/conf/{name}/disable_ipv6; ip link set {name} up; ip addr add {there}/24 dev {name} 2>/dev/null; true"
@@ -169,7 +178,7 @@ fn net_name(guest: &Guest<'_>, mac: &str) -> Result<String> {
     })
 }
 
-fn use_vsock(host: &Host, guest: &Guest<'_>) -> Result<()> {
+pub fn use_vsock(host: &Host, guest: &Guest<'_>) -> Result<()> {
     guest.sh(
         "pidof guest_tool >/dev/null || { rm -f /run/echo; (guest_tool vsock echo 52 >/run/echo 2>&1 &) }",
     )?;
