@@ -337,7 +337,7 @@ fn reboot(case: &Case<'_>) -> Result<()> {
             _ => drop(guest.begin("echo b >/proc/sysrq-trigger")?),
         }
         guest.wait_ready(mark)?;
-        host.sh("killall yes ping socat 2>/dev/null; true")?;
+        host.sh(&format!("killall yes ping socat 2>/dev/null; rm -f {}/busy", vhost_user::SHARED))?;
         ctl(host, "resize --balloon 0")?;
         use_all(host, &guest)?;
         use_console(host, &guest, &format!("after {way}"))?;
@@ -376,7 +376,7 @@ fn pause(case: &Case<'_>) -> Result<()> {
         ("net1", format!("wget -q -O - http://{}/noise | sha256sum", NETS[1].1)),
         ("fs", "cp /run/noise /mnt/back && echo 3 >/proc/sys/vm/drop_caches && sha256sum </mnt/back".to_owned()),
         ("vsock", "guest_tool vsock connect 2 700 </run/noise && sha256sum </run/noise".to_owned()),
-        ("console", "stty -F /dev/hvc0 raw && cat /run/noise >/dev/hvc0 && sha256sum </run/noise".to_owned()),
+        ("console", "(stty raw -echo <&1 && cat /run/noise) <>/dev/hvc0 >&0 && sha256sum </run/noise".to_owned()),
     ]
     .into_iter()
     .map(|(name, command)| format!("(({command}) >/run/sum.{name} 2>/dev/null; echo >/run/end.{name}) &"))
