@@ -265,9 +265,9 @@ const OFFENCES: &[(&str, Offence)] = &[
     ("index-jump", |_, queue| queue.driver.mapping.write(2, 0x4000_u16)),
     ("index-back", |_, queue| queue.driver.mapping.write(2, 0xffff_u16)),
     ("chain-longer-than-the-queue", |_, queue| {
-        (0..8).for_each(|place| {
-            queue.describe(place, queue.data.physical, 8, NEXT | WRITE, (place as u16 + 1) % 8)
-        });
+        for (place, next) in (0..8_usize).zip([1_u16, 2, 3, 4, 5, 6, 7, 0]) {
+            queue.describe(place, queue.data.physical, 8, NEXT | WRITE, next);
+        }
         queue.offer(0);
     }),
     ("duplicate-head", |_, queue| {
