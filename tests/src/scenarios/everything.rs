@@ -413,7 +413,7 @@ fn pause(case: &Case<'_>) -> Result<()> {
             })
         })?;
     }
-    guest.sh("umount /mnt")?;
+    guest.sh("rm /mnt/back /mnt/noise; umount /mnt")?;
     use_all(host, &guest)?;
     guest_is_content(&guest)?;
     guest.power_off()?;
