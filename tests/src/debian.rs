@@ -23,16 +23,16 @@ pub const BOOT: Duration = Duration::from_secs(420);
 /// What a login may take.
 const LOGIN: Duration = Duration::from_secs(30);
 
-/// On a loaded machine the emulated host's clock may be several times too fast, and so the guest's: its own limits of time, 90 s for
-/// a device, are then none to go by.
-const PATIENCE: &str =
-    "systemd.default_device_timeout_sec=1h systemd.default_timeout_start_sec=1h systemd.service_watchdogs=0";
+/// What Debian's systemd is told: no status on the console, a dumb terminal. And on a loaded machine the emulated host's clock may be several times
+/// too fast, and so the guest's: its own limits of time, 90 s for a device, are then none to go by.
+pub const WORDS: &str = "systemd.show_status=0 systemd.tty.term.ttyS0=dumb systemd.default_device_timeout_sec=1h \
+    systemd.default_timeout_start_sec=1h systemd.service_watchdogs=0";
 
 /// A VM with 512 MiB that boots Debian from the disk with these keys.
 pub fn vm(disk: &str) -> VmSpec {
     VmSpec::new(KERNEL)
-        .cmdline("bed.mode=disk bed.root=/dev/vda systemd.show_status=0 systemd.tty.term.ttyS0=dumb")
-        .cmdline(PATIENCE)
+        .cmdline("bed.mode=disk bed.root=/dev/vda")
+        .cmdline(WORDS)
         .options(&format!("--disk {disk}"))
 }
 

@@ -20,7 +20,7 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 10] = [
+const TARGETS: [&str; 11] = [
     "bar_moves",
     "msix_table",
     "notify_registers",
@@ -30,6 +30,7 @@ const TARGETS: [&str; 10] = [
     "virtio_mem",
     "virtio_net",
     "virtio_pmem",
+    "virtio_small",
     "virtio_vsock",
 ];
 /// What a test's name begins with.

@@ -60,7 +60,8 @@ impl Host {
         let initramfs = dir.join("host.cpio");
         image::build_host(artifacts, spec.kernel, guests, &initramfs)?;
         if spec.uefi {
-            uefi::add(artifacts, *guests.first().unwrap_or(&Kernel::Cloud6_12), &initramfs, &dir)?;
+            let guest = *guests.first().unwrap_or(&Kernel::Cloud6_12);
+            uefi::add(artifacts, guest, spec.debian, &initramfs, &dir)?;
         }
         let files = kernel::obtain(spec.kernel)?;
         let timeline = Arc::new(Timeline::default());

@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod boot;
 mod clients;
+mod come_and_go;
 mod cpus;
 mod debian;
 mod disk;
@@ -13,6 +14,7 @@ mod disk_faults;
 mod doctor;
 mod endings;
 mod endurance;
+mod everything;
 mod faults;
 mod firmware;
 mod gpu;
@@ -28,6 +30,7 @@ mod operator;
 mod plugging;
 mod pmem;
 mod recovery;
+mod rings;
 mod segments;
 mod slots;
 mod snapshot;
@@ -71,6 +74,13 @@ const LONG: &[&str] = &[
     "a_directory_of_the_host_is_the_guests_and_its_death_is_an_error_there",
     "device_pulled_out_while_on_is_taken_from_a_guest_that_lives_on",
     "debian_on_a_raw_disk_works_with_a_gpu_that_sleeps_and_wakes_meanwhile",
+    "debian_on_a_qcow2_disk_works_with_a_gpu_that_sleeps_and_wakes_meanwhile",
+    "debian_boots_through_uefi_from_virtio_disks_to_its_login_prompt",
+    "malformed_rings_of_disks_and_networks_stop_them_and_nothing_else",
+    "every_device_works_again_after_its_driver_was_unbound_and_bound",
+    "a_guest_that_reboots_while_it_uses_every_device_has_them_all_again",
+    "a_pause_in_the_middle_of_transfers_loses_nothing",
+    "every_device_that_can_comes_and_goes_and_leaves_nothing_behind",
     "debian_on_a_qcow2_disk_keeps_its_files_when_the_vmm_is_killed",
     "what_the_guest_writes_to_a_shared_zone_is_in_its_file",
     "a_zone_grows_in_its_own_node",
@@ -105,6 +115,8 @@ pub fn all() -> Vec<Scenario> {
         cpus::table(),
         kata::table(),
         debian::table(),
+        everything::table(),
+        come_and_go::table(),
         disk_faults::table(),
         bad_input::table(),
         doctor::table(),
@@ -124,6 +136,7 @@ pub fn all() -> Vec<Scenario> {
         api::table(),
         tables::table(),
         virtio::table(),
+        rings::table(),
         net::table(),
         disk::table(),
         sockets::table(),

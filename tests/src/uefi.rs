@@ -41,30 +41,35 @@ const CLOUDHV: Wanted = Wanted {
 const BOOT_LOADER: Wanted =
     Wanted { package: "systemd-boot-efi", suite: None, file: "usr/lib/systemd/boot/efi/systemd-bootx64.efi" };
 
-/// Puts the firmware at the end of a host's initramfs, and the drive's image, which boots `guest`, into `dir`.
-pub fn add(artifacts: &Artifacts, guest: Kernel, initramfs: &Path, dir: &Path) -> Result<()> {
+/// Puts the firmware at the end of a host's initramfs, and the drive's image, which boots `guest`, into `dir`: with `debian`, to the Debian on the
+/// second virtio disk.
+pub fn add(artifacts: &Artifacts, guest: Kernel, debian: bool, initramfs: &Path, dir: &Path) -> Result<()> {
     let mut archive = Archive::new();
     archive.copy(FIRMWARE.trim_start_matches('/'), &obtain(&CLOUDHV)?)?;
     let failed = || file_error("write", initramfs);
     let mut file = fs::OpenOptions::new().append(true).open(initramfs).map_err(failed())?;
     file.write_all(&archive.finish()).map_err(failed())?;
     let drive = dir.join(DRIVE);
-    fs::write(&drive, drive_image(artifacts, guest)?).map_err(file_error("write", &drive))
+    fs::write(&drive, drive_image(artifacts, guest, debian)?).map_err(file_error("write", &drive))
 }
 
 /// What the kernel is told by its boot loader: as the test bed tells it without one.
-fn entry() -> String {
-    "title Debian\nlinux /vmlinuz\ninitrd /initrd\noptions console=ttyS0 quiet panic=-1 bed.modules=virtio_pci,nvme,pvpanic_pci\n"
-        .to_owned()
+fn entry(debian: bool) -> String {
+    let words = if debian {
+        format!("bed.mode=disk bed.root=/dev/vdb {}", crate::debian::WORDS)
+    } else {
+        "bed.modules=virtio_pci,nvme,pvpanic_pci".to_owned()
+    };
+    format!("title Debian\nlinux /vmlinuz\ninitrd /initrd\noptions console=ttyS0 quiet panic=-1 {words}\n")
 }
 
-fn drive_image(artifacts: &Artifacts, guest: Kernel) -> Result<Vec<u8>> {
+fn drive_image(artifacts: &Artifacts, guest: Kernel, debian: bool) -> Result<Vec<u8>> {
     let read = |path: &Path| fs::read(path).map_err(file_error("read", path));
     let files = kernel::obtain(guest)?;
     let content = [
         ("EFI/BOOT/BOOTX64.EFI", read(&obtain(&BOOT_LOADER)?)?),
         ("loader/loader.conf", b"timeout 0\ndefault debian.conf\n".to_vec()),
-        ("loader/entries/debian.conf", entry().into_bytes()),
+        ("loader/entries/debian.conf", entry(debian).into_bytes()),
         ("vmlinuz", read(&files.vmlinuz)?),
         ("initrd", image::build_guest(artifacts, guest)?),
     ];

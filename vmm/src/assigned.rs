@@ -93,6 +93,14 @@ pub enum AssignedError {
         /// Its name.
         id: String,
     },
+    /// A device that is part of the machine.
+    #[error(
+        "device {id} cannot be removed while the machine runs: it is one of the machine's own; shut the VM down and start it without it"
+    )]
+    MachinesOwn {
+        /// Its name.
+        id: String,
+    },
     /// A device cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),

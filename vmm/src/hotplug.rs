@@ -93,6 +93,9 @@ pub struct Iommu {
     pub pin: Option<Arc<Pin>>,
 }
 
+/// Names of devices of which there is one, or none, from the start to the end begin so.
+const RESERVED: &str = "__";
+
 /// How long Linux ignores a slot after it has turned its power off (`pciehp_ctrl.c`: one second).
 const SLOT_SETTLES: Duration = Duration::from_millis(1200);
 
@@ -360,6 +363,10 @@ impl AssignedDevices {
         if !place.is_removable() {
             return Some(Err(AssignedError::NotRemovable { id: id.to_owned() }));
         }
+        // As in Cloud Hypervisor: what cannot be added cannot be removed either.
+        if place.emulated.is_some() && id.starts_with(RESERVED) {
+            return Some(Err(AssignedError::MachinesOwn { id: id.to_owned() }));
+        }
         place.leaving = true;
         info!("device {id}: the guest is asked to let go of it");
         match &place.seat {
@@ -444,8 +451,8 @@ impl AssignedDevices {
         }
     }
 
-    /// Waits for devices that are being closed.
-    fn wait_for_closing(&mut self) {
+    /// Waits for devices that are being closed: what is behind one (a tap, a locked image) may be wanted again at once.
+    pub fn wait_for_closing(&mut self) {
         for thread in self.closing.drain(..) {
             if thread.join().is_err() {
                 warn!("a device could not be closed in order");

@@ -487,6 +487,7 @@ impl Lifecycle {
             return Ok(Completion::Plain);
         };
         config.name_devices();
+        running.assigned_mut().wait_for_closing();
         let unit = make_units(&config, &lifetime.units, &lifetime.shared).map_err(MachineError::from)?.pop();
         let mut unit = unit.ok_or(VmError::NotRunning)?;
         let moved = running.add_emulated(&unit)?;
@@ -537,9 +538,12 @@ impl Lifecycle {
             let mut gone = None;
             let events = self.events.clone();
             let status = Arc::clone(&self.status);
+            let units = &mut lifetime.units;
             running.assigned_mut().released(
                 place,
                 |moved| {
+                    // The last one to hold it is the one who closes it: it is free when its event says so.
+                    units.retain(|unit| unit.id != moved.id);
                     // Whoever looks at the power of a device keeps it open, so it goes from sight first.
                     status.forget_device(&moved.id);
                     gone = Some(moved.id.clone());
@@ -550,7 +554,6 @@ impl Lifecycle {
                 },
             );
             if let Some(id) = gone {
-                lifetime.units.retain(|unit| unit.id != id);
                 vm.config.remove_device(&id);
                 self.status.set_config(Some(&vm.config));
             }

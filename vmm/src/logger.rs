@@ -181,10 +181,10 @@ impl Limiter {
     }
 }
 
-/// The slot of the place that a record comes from (FNV-1a over file and line).
+/// The slot of the place that a record comes from, and of what it is about, if it says so by its target (FNV-1a over file, line and target).
 fn slot(record: &Record<'_>) -> usize {
     let line = record.line().unwrap_or(0).to_le_bytes();
-    let bytes = record.file().unwrap_or("").bytes().chain(line);
+    let bytes = record.file().unwrap_or("").bytes().chain(line).chain(record.target().bytes());
     let hash = bytes.fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     usize::try_from(hash).map_or(0, |hash| hash % SLOTS)
 }
@@ -240,6 +240,8 @@ mod tests {
         let admitted = (0..100).filter(|_| limiter.admit(&record(1), Duration::ZERO).is_some()).count();
         assert_eq!(admitted, 20);
         assert_eq!(limiter.admit(&record(2), Duration::ZERO), Some(0), "another place is not affected");
+        let about = Record::builder().file_static(Some("rtc.rs")).line(Some(1)).target("_disk0").build();
+        assert_eq!(limiter.admit(&about, Duration::ZERO), Some(0), "nor is another device at the same place");
         assert_eq!(limiter.admit(&record(1), PERIOD), Some(80));
         assert_eq!(limiter.admit(&record(1), PERIOD), Some(0));
     }

@@ -81,7 +81,7 @@ struct Parked {
 #[derive(Debug)]
 enum Reading {
     Wanted(Arc<VcpuReader>),
-    Done(Result<VcpuState, SnapshotError>),
+    Done(Box<Result<VcpuState, SnapshotError>>),
 }
 
 impl Turnstile {
@@ -122,7 +122,7 @@ impl Turnstile {
                 drop(parked);
                 let result = read(&reader);
                 parked = self.lock();
-                parked.readings.insert(number, Reading::Done(result));
+                parked.readings.insert(number, Reading::Done(Box::new(result)));
                 self.changed.notify_all();
             } else if self.is(Mode::Pause) && !leaves.load(Ordering::SeqCst) {
                 parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
@@ -276,7 +276,7 @@ impl Vcpus {
         let readings = std::mem::take(&mut parked.readings);
         drop(parked);
         let states = readings.into_values().filter_map(|reading| match reading {
-            Reading::Done(result) => Some(result),
+            Reading::Done(result) => Some(*result),
             Reading::Wanted(_) => None,
         });
         states.collect()

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Features, offloads_of, thread_name};
@@ -29,6 +30,9 @@ pub trait Mover: Send {
     /// # Errors
     /// The host does not do it.
     fn use_pairs(&mut self, pairs: u16) -> std::io::Result<()>;
+
+    /// Moves nothing any more: the driver has broken a ring that is not served here.
+    fn stop(&mut self) {}
 }
 
 /// Workers in this process: each looks at its pair when its doorbell rings.
@@ -71,6 +75,8 @@ pub struct Control {
     pub shared: Arc<Shared>,
     /// What moves packets.
     pub mover: Box<dyn Mover>,
+    /// Numbers of queues that are not served here, and what is signalled when the driver has broken one.
+    pub broken: Vec<(u16, Arc<EventFd>)>,
 }
 
 impl Control {
@@ -158,7 +164,24 @@ impl Handler for Control {
         self.queue.iter().map(|queue| (queue.index(), Arc::clone(queue.kick()))).collect()
     }
 
-    fn event(&mut self, _event: Event, _watch: &Watch) -> Result<(), DeviceError> {
+    fn start(&mut self, watch: &Watch) -> Result<(), DeviceError> {
+        for (token, (_, broken)) in (0..).zip(&self.broken) {
+            watch
+                .add(&**broken, EventSet::IN, token)
+                .map_err(DeviceError::host("watching a ring's errors"))?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: Event, _watch: &Watch) -> Result<(), DeviceError> {
+        if let Event::Ready(token, _) = event {
+            let broken = usize::try_from(token).ok().and_then(|place| self.broken.get(place));
+            let queue = broken.map_or(0, |(queue, _)| *queue);
+            self.mover.stop();
+            return Err(DeviceError::Protocol(format!(
+                "queue {queue}: the host's kernel cannot go on with this ring: the driver has broken it"
+            )));
+        }
         self.serve()
     }
 }

@@ -280,6 +280,7 @@ impl VirtioDevice for Net {
         let interrupt = activation.interrupt;
         let pairs_max = u16::try_from(queues.len()).unwrap_or(u16::MAX);
         let control = Control {
+            broken: Vec::new(),
             device: self.spec.name.clone(),
             queue: control_queue,
             interrupt: Arc::clone(&interrupt),

@@ -54,6 +54,7 @@ impl Bench {
         };
         let mover = Workers { shared: Arc::clone(&shared), tap: Arc::clone(&tap), doorbells };
         let control = Control {
+            broken: Vec::new(),
             device: "net".to_owned(),
             queue: Some(control_queue),
             interrupt: activation.interrupt,

@@ -13,7 +13,7 @@ use vhost::vhost_kern::net::Net as KernelNet;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::control::{Control, Mover};
 use super::shared::Shared;
@@ -92,6 +92,7 @@ impl Vhost {
             .map(|((_, receive, send), file)| Pair::new([receive, send], Arc::clone(file), features))
             .collect::<Result<Vec<_>, _>>()?;
         let in_use = control.shared.pairs().into();
+        control.broken = pairs.iter().flat_map(Pair::broken).collect();
         let (tap, shared) = (Arc::clone(&control.tap), Arc::clone(&control.shared));
         let mut pairs = Pairs { pairs, in_use, tap, shared };
         pairs.start()?;
@@ -125,6 +126,8 @@ struct Pair {
     kernel: KernelNet<Memory>,
     queues: [ActiveQueue; 2],
     calls: [EventFd; 2],
+    /// Signalled by the kernel when the driver has broken a ring.
+    errors: [Arc<EventFd>; 2],
     file: Arc<File>,
     running: bool,
 }
@@ -144,9 +147,18 @@ impl Pair {
         let calls =
             [call(&queues[0]), call(&queues[1])].map(|call| call.map_err(DeviceError::host("an interrupt")));
         let [receive, send] = calls;
-        let pair = Self { kernel, queues, calls: [receive?, send?], file, running: false };
+        let errors = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new));
+        let errors = errors.map(|event| event.map_err(DeviceError::host("an eventfd for a ring's errors")));
+        let [broken, torn] = errors;
+        let errors = [broken?, torn?];
+        let pair = Self { kernel, queues, calls: [receive?, send?], errors, file, running: false };
         pair.tell_memory().map_err(host("the guest's memory"))?;
         Ok(pair)
+    }
+
+    /// The number of each queue, and what the kernel signals when it finds that one broken.
+    fn broken(&self) -> impl Iterator<Item = (u16, Arc<EventFd>)> {
+        self.queues.iter().map(ActiveQueue::index).zip(self.errors.iter().map(Arc::clone))
     }
 
     fn tell_memory(&self) -> vhost::Result<()> {
@@ -168,7 +180,8 @@ impl Pair {
         if self.running {
             return Ok(());
         }
-        for (number, (queue, call)) in self.queues.iter().zip(&self.calls).enumerate() {
+        for (number, queue) in self.queues.iter().enumerate() {
+            let (call, broken) = (&self.calls[number], &self.errors[number]);
             let layout = queue.layout();
             let ring = VringConfigData {
                 queue_max_size: layout.size,
@@ -185,6 +198,7 @@ impl Pair {
                 .map_err(host("the place in a ring"))?;
             kernel.set_vring_addr(number, &ring).map_err(host("the addresses of a ring"))?;
             kernel.set_vring_call(number, call).map_err(host("a ring's interrupt"))?;
+            kernel.set_vring_err(number, broken).map_err(host("a ring's errors"))?;
             kernel.set_vring_kick(number, queue.kick()).map_err(host("a ring's doorbell"))?;
         }
         self.running = true;
@@ -257,6 +271,10 @@ struct Kernel(Arc<Mutex<Pairs>>);
 impl Mover for Kernel {
     fn use_pairs(&mut self, pairs: u16) -> io::Result<()> {
         lock(&self.0).use_pairs(pairs.into())
+    }
+
+    fn stop(&mut self) {
+        lock(&self.0).stop();
     }
 }
 

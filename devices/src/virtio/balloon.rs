@@ -171,6 +171,13 @@ struct Servant {
     shared: Arc<Shared>,
 }
 
+impl Drop for Servant {
+    fn drop(&mut self) {
+        // After a reset the guest has all of its memory: one that did not deflate before, as in a hard reboot, says nothing of it.
+        self.shared.actual.store(0, Ordering::Release);
+    }
+}
+
 impl Handler for Servant {
     fn doorbells(&self) -> Vec<(u16, Arc<EventFd>)> {
         let queues = [Some(&self.inflate), Some(&self.deflate), self.reporting.as_ref()];
@@ -311,5 +318,6 @@ mod tests {
         assert_eq!(other.withheld_memory(), 3 << 20);
         assert!(other.restore(&Saved::Null).is_err());
         drop(active);
+        assert_eq!(balloon.withheld_memory(), 0, "after a reset the guest has all of its memory");
     }
 }

@@ -522,9 +522,10 @@ fn class(device_type: DeviceType) -> u32 {
     }
 }
 
-/// Says that a device has stopped, in the log: once until it is reset, so that a guest cannot fill it.
+/// Says that a device has stopped, in the log: once until it is reset, so that a guest cannot fill it. The log holds back what comes too often, of each
+/// device for itself: one that stops again and again does not hide the others.
 fn complain(name: &str, why: &str) {
-    error!("device {name} has stopped until the guest resets it: {why}");
+    error!(target: name, "device {name} has stopped until the guest resets it: {why}");
 }
 
 #[cfg(test)]

@@ -145,6 +145,18 @@ impl ActiveQueue {
         self.position.set(self.ring.position());
     }
 
+    /// Looks whether the next chain is as it must be, and takes none: for a queue of which nothing is wanted now, so that a driver hears of its
+    /// mistake when it makes it.
+    ///
+    /// # Errors
+    /// The driver has broken the ring.
+    pub fn look(&mut self, view: &MemoryView) -> Result<(), RingError> {
+        if let Some(chain) = self.pop(view)? {
+            self.undo_pop(chain);
+        }
+        Ok(())
+    }
+
     /// Gives a chain back to the driver, of which `written` bytes have been written. [`Self::notify`] tells the driver.
     ///
     /// # Errors

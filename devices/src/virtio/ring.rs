@@ -133,7 +133,7 @@ pub enum RingError {
         size: u16,
     },
     /// A chain that the device has already.
-    #[error("chain {0} is made available while the device still has it")]
+    #[error("chain {0} is made available again before the device has given it back")]
     InUse(u16),
     /// A chain that runs in circles, or on and on.
     #[error("a descriptor chain is a loop or has more than {0} descriptors")]

@@ -1,6 +1,7 @@
 //! The split virtqueue (VIRTIO 1.2, section 2.7), over the library's queue: the indices and notifications are the library's, chains are
 //! followed by [`Builder`](super::chain), which says what is wrong with them.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
@@ -26,8 +27,12 @@ pub struct SplitRing {
     queue: Queue,
     indirect: bool,
     in_flight: InFlight,
-    /// The driver's index when last read.
-    seen: u16,
+    /// Heads that the driver has made available and that were not taken yet, as they were when its index was last read.
+    heads: VecDeque<u16>,
+    /// How often heads were found there.
+    batch: u64,
+    /// For each head, in which batch it was last. All of a batch are available at the same time, so none can be in it twice.
+    last_in: Vec<u64>,
     /// Chains given back since the driver was last considered for an interrupt.
     given_back: u16,
 }
@@ -66,7 +71,9 @@ impl SplitRing {
             queue,
             indirect: features.indirect,
             in_flight: InFlight::new(size),
-            seen: position.avail,
+            heads: VecDeque::new(),
+            batch: 0,
+            last_in: vec![0; usize::from(size)],
             given_back: 0,
         })
     }
@@ -86,21 +93,11 @@ impl SplitRing {
     /// # Errors
     /// The driver has broken the ring.
     pub fn pop(&mut self, memory: &GuestMemoryMmap) -> Result<Option<Chain>, RingError> {
-        let (next, size) = (self.queue.next_avail(), self.queue.size());
-        if self.seen == next {
-            let avail = self.queue.avail_ring();
-            self.seen = load_u16(memory, "available ring", avail.wrapping_add(2), Ordering::Acquire)?;
-            let waiting = self.seen.wrapping_sub(next);
-            if waiting > size {
-                return Err(RingError::Jump { from: next, to: self.seen, size });
-            }
-            if waiting == 0 {
-                return Ok(None);
-            }
+        if self.heads.is_empty() {
+            self.look_for_heads(memory)?;
         }
-        let entry = RING_HEADER + u64::from(next % size) * AVAIL_ENTRY;
-        let address = self.queue.avail_ring().wrapping_add(entry);
-        let head = load_u16(memory, "available ring", address, Ordering::Relaxed)?;
+        let (next, size) = (self.queue.next_avail(), self.queue.size());
+        let Some(&head) = self.heads.front() else { return Ok(None) };
         if head >= size {
             return Err(RingError::Index { index: head, size });
         }
@@ -109,13 +106,37 @@ impl SplitRing {
         if !self.in_flight.take(head) {
             return Err(RingError::InUse(head));
         }
+        self.heads.pop_front();
         self.queue.set_next_avail(next.wrapping_add(1));
         Ok(Some(builder.finish(head, 1)))
+    }
+
+    fn look_for_heads(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        const AREA: &str = "available ring";
+        let (ring, next, size) = (self.queue.avail_ring(), self.queue.next_avail(), self.queue.size());
+        let index = load_u16(memory, AREA, ring.wrapping_add(2), Ordering::Acquire)?;
+        let waiting = index.wrapping_sub(next);
+        if waiting > size {
+            return Err(RingError::Jump { from: next, to: index, size });
+        }
+        self.batch += 1;
+        for place in (0..waiting).map(|offset| next.wrapping_add(offset) % size) {
+            let entry = RING_HEADER + u64::from(place) * AVAIL_ENTRY;
+            let head = load_u16(memory, AREA, ring.wrapping_add(entry), Ordering::Relaxed)?;
+            if let Some(last) = self.last_in.get_mut(usize::from(head))
+                && std::mem::replace(last, self.batch) == self.batch
+            {
+                return Err(RingError::InUse(head));
+            }
+            self.heads.push_back(head);
+        }
+        Ok(())
     }
 
     /// Puts back the chain that was taken last, to be taken again later.
     pub fn undo_pop(&mut self, chain: Chain) {
         self.in_flight.give_back(chain.id);
+        self.heads.push_front(chain.id);
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 

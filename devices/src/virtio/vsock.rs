@@ -129,6 +129,7 @@ impl Handler for Proxy {
         match event {
             Event::Kick(TX) => self.take(watch)?,
             Event::Kick(EVENTS) => self.tell_of_reset()?,
+            Event::Kick(_) if !self.muxer.has_ready() => self.rx.look(&self.rx.view())?,
             Event::Kick(_) => {}
             Event::Ready(token, events) => self.muxer.event(token, events, watch),
         }
@@ -202,10 +203,10 @@ impl Proxy {
 
     /// Tells a guest that goes on in another machine that its connections are gone.
     fn tell_of_reset(&mut self) -> Result<(), DeviceError> {
-        if !self.restored.load(Ordering::SeqCst) {
-            return Ok(());
-        }
         let view = self.events.view();
+        if !self.restored.load(Ordering::SeqCst) {
+            return Ok(self.events.look(&view)?);
+        }
         let Some(chain) = self.events.pop(&view)? else { return Ok(()) };
         let mut writer = chain.writer(&view);
         if let Err(e) = writer.write_all(&TRANSPORT_RESET.to_le_bytes()) {

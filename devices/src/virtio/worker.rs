@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use log::{error, warn};
+use log::{debug, error, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -53,6 +53,12 @@ pub trait Handler: Send {
 
     /// Ends what has begun: when it returns, nothing of the device's reaches guest memory. Called before a pause and at the end.
     fn quiesce(&mut self) {}
+
+    /// Whether a new thread is to go on in the place of this one, with [`Self::start`] called anew: what the kernel has made for the thread goes with
+    /// it. Asked after each event.
+    fn wants_new_thread(&mut self) -> bool {
+        false
+    }
 }
 
 /// Descriptors that a worker sleeps on.
@@ -129,6 +135,8 @@ struct Shared {
     orders: Mutex<Orders>,
     changed: Condvar,
     wake: EventFd,
+    /// The thread, until somebody joins it.
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Shared {
@@ -148,13 +156,41 @@ impl Shared {
             error!("a device's worker cannot be woken: {e}");
         }
     }
+
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sleeps on orders and these doorbells.
+    fn watch(&self, doorbells: &[(u16, Arc<EventFd>)]) -> io::Result<Watch> {
+        let watch = Watch(Epoll::new()?);
+        watch.control(ControlOperation::Add, self.wake.as_raw_fd(), EventSet::IN, CONTROL)?;
+        for (index, kick) in doorbells {
+            let token = QUEUE | u64::from(*index);
+            watch.control(ControlOperation::Add, kick.as_raw_fd(), EventSet::IN, token)?;
+        }
+        Ok(watch)
+    }
+}
+
+/// Starts a thread for a task, or gives that back.
+fn spawn(name: String, task: Task) -> Result<JoinHandle<()>, (Option<Task>, io::Error)> {
+    // A thread that cannot be started drops what it was given.
+    let slot = Arc::new(Mutex::new(Some(task)));
+    let take = |slot: &Mutex<Option<Task>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let there = Arc::clone(&slot);
+    let run = move || {
+        if let Some(task) = take(&there) {
+            task.run();
+        }
+    };
+    thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(run).map_err(|e| (take(&slot), e))
 }
 
 /// One thread with its queues.
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
@@ -173,19 +209,25 @@ impl Worker {
             orders: Mutex::new(Orders { mode: Mode::Run, parked: false, ended: false }),
             changed: Condvar::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?,
+            thread: Mutex::default(),
         });
-        let watch = Watch(Epoll::new().map_err(failed)?);
-        let wake = shared.wake.as_raw_fd();
-        watch.control(ControlOperation::Add, wake, EventSet::IN, CONTROL).map_err(failed)?;
         let doorbells = handler.doorbells();
-        for (index, kick) in &doorbells {
-            let token = QUEUE | u64::from(*index);
-            watch.control(ControlOperation::Add, kick.as_raw_fd(), EventSet::IN, token).map_err(failed)?;
-        }
-        let task = Task { shared: Arc::clone(&shared), watch, doorbells, handler, interrupt, failed: false };
+        let watch = shared.watch(&doorbells).map_err(failed)?;
         let name: String = name.chars().take(NAME_MAX).collect();
-        let thread = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || task.run());
-        Ok(Self { shared, thread: Some(thread.map_err(failed)?) })
+        let task = Task {
+            name: name.clone(),
+            shared: Arc::clone(&shared),
+            watch,
+            doorbells,
+            handler,
+            interrupt,
+            failed: false,
+        };
+        // Held meanwhile, so that the first thread's successor is not taken for the first.
+        let mut thread = shared.thread();
+        *thread = Some(spawn(name, task).map_err(|(_, e)| failed(e))?);
+        drop(thread);
+        Ok(Self { shared })
     }
 }
 
@@ -214,10 +256,11 @@ impl Active for Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            error!("a device's worker panicked");
+        // One may have started the next in the meantime.
+        while let Some(thread) = { self.shared.thread().take() } {
+            if thread.join().is_err() {
+                error!("a device's worker panicked");
+            }
         }
     }
 }
@@ -248,6 +291,7 @@ impl Active for Workers {
 }
 
 struct Task {
+    name: String,
     shared: Arc<Shared>,
     watch: Watch,
     doorbells: Vec<(u16, Arc<EventFd>)>,
@@ -274,6 +318,12 @@ impl Task {
             for event in events.iter().take(count) {
                 self.take(event);
             }
+            if !self.failed && self.handler.wants_new_thread() {
+                match self.hand_over() {
+                    Some(task) => self = task,
+                    None => return,
+                }
+            }
         }
         self.handler.quiesce();
         let Self { shared, handler, .. } = self;
@@ -281,6 +331,33 @@ impl Task {
         drop(handler);
         shared.orders().ended = true;
         shared.changed.notify_all();
+    }
+
+    /// Has a new thread go on. If there can be none, this one does, as after a start.
+    fn hand_over(self) -> Option<Self> {
+        let shared = Arc::clone(&self.shared);
+        let watch = match shared.watch(&self.doorbells) {
+            Ok(watch) => watch,
+            Err(e) => return Some(self.stay(&e)),
+        };
+        let (name, task) = (self.name.clone(), Self { watch, ..self });
+        let mut thread = shared.thread();
+        match spawn(name, task) {
+            // This one ends, and nobody need wait for that.
+            Ok(successor) => {
+                *thread = Some(successor);
+                None
+            }
+            Err((task, e)) => task.map(|task| task.stay(&e)),
+        }
+    }
+
+    fn stay(mut self, why: &io::Error) -> Self {
+        debug!("{}: no new thread: {why}", self.name);
+        let started = self.handler.start(&self.watch);
+        self.report(started);
+        self.kick_all();
+        self
     }
 
     /// Waits out a pause; whether to go on.

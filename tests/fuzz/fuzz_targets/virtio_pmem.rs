@@ -154,8 +154,7 @@ fuzz_target!(|input: Input| {
     let interrupts = Arc::new(Interrupts::default());
     let active = device.activate(activation(&memory, device.features(), &queues, &interrupts));
     let [queue] = queues;
-    let mut model =
-        Model { memory, queue, file, discard: input.discard, shortened: false, hostile: false };
+    let mut model = Model { memory, queue, file, discard: input.discard, shortened: false, hostile: false };
     for step in &input.steps {
         model.run(&device, step);
         assert!(model.hostile || interrupts.seen().stopped.is_empty(), "the device has stopped");

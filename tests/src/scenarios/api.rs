@@ -29,13 +29,15 @@ pub fn table() -> Vec<Scenario> {
 
 /// An answer of the API.
 #[derive(Debug)]
-struct Answer {
-    status: u16,
-    body: Value,
+pub struct Answer {
+    /// HTTP's.
+    pub status: u16,
+    /// What came with it.
+    pub body: Value,
 }
 
 /// One call, from the host.
-fn call(host: &Host, socket: &str, method: &str, name: &str, body: Option<&Value>) -> Result<Answer> {
+pub fn call(host: &Host, socket: &str, method: &str, name: &str, body: Option<&Value>) -> Result<Answer> {
     let body = body.map(|body| format!(" '{body}'")).unwrap_or_default();
     let output = host.run_for(&format!("api_client call {socket} {method} {name}{body}"), CALL)?;
     let (status, body) = output.text.split_once(' ').unwrap_or((&output.text, ""));
@@ -89,7 +91,7 @@ fn booted<'a>(case: &Case<'a>, slots: &[usize], options: &str) -> Result<Guest<'
 }
 
 /// Has the VMM end through the API.
-fn shut_down(guest: &Guest<'_>, host: &Host) -> Result<()> {
+pub fn shut_down(guest: &Guest<'_>, host: &Host) -> Result<()> {
     put(host, "vmm.shutdown", None)?;
     let status = guest.wait_exit()?;
     ensure(status == 0, || format!("the VMM ended with status {status} after vmm.shutdown"))

@@ -26,6 +26,7 @@ pub fn table() -> Vec<Scenario> {
     vec![
         on(host(), "images_of_debian_and_its_programs_are_on_the_emulated_host", on_the_host),
         on(host(), "debian_on_a_raw_disk_works_with_a_gpu_that_sleeps_and_wakes_meanwhile", raw),
+        on(host(), "debian_on_a_qcow2_disk_works_with_a_gpu_that_sleeps_and_wakes_meanwhile", qcow2_works),
         on(host(), "debian_on_a_qcow2_disk_keeps_its_files_when_the_vmm_is_killed", qcow2),
     ]
 }
@@ -78,11 +79,21 @@ fn listen(host: &Host) -> Result<()> {
     outcome
 }
 
-/// The whole day's work on one boot.
 fn raw(case: &Case<'_>) -> Result<()> {
+    works(case, RAW)
+}
+
+fn qcow2_works(case: &Case<'_>) -> Result<()> {
+    works(case, QCOW2)?;
+    let check = case.host.run_for("qemu-img check /images/debian.qcow2", LONG)?;
+    ensure(check.status == 0, || format!("the image after a day's work: {}", check.text))
+}
+
+/// The whole day's work on one boot.
+fn works(case: &Case<'_>, disk: &str) -> Result<()> {
     let host = case.host;
     let network = Network::new(host)?;
-    let guest = debian::start(host, &vm(host, RAW))?;
+    let guest = debian::start(host, &vm(host, disk))?;
     up(&guest)?;
     network.address(&guest)?;
     gpu_sleeps_and_draws(host, &guest)?;

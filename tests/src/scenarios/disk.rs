@@ -15,7 +15,7 @@ use crate::runner::{Case, Scenario};
 const SOCKET: &str = "/run/disk.sock";
 const EVENTS: &str = "/run/disk.events";
 /// Where images are: the host's memory.
-const PLACE: &str = "/run/disks";
+pub const PLACE: &str = "/run/disks";
 /// How long a guest may take to see a change.
 const SOON: Duration = Duration::from_secs(20);
 /// An empty qcow2 image of 64 MiB as `qemu-img create` makes it (version 3, clusters of 64 KiB): the header, and where refcount table, refcount
@@ -68,7 +68,8 @@ fn raw_images(host: &Host, images: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-fn qcow2_image(host: &Host, name: &str) -> Result<()> {
+/// An empty qcow2 image of this name in [`PLACE`].
+pub fn qcow2_image(host: &Host, name: &str) -> Result<()> {
     host.sh(&format!("mkdir -p {PLACE}; rm -f {PLACE}/{name}; truncate -s 256K {PLACE}/{name}"))?;
     for (at, bytes) in QCOW2 {
         let bytes: String = bytes.iter().map(|byte| format!("\\{byte:03o}")).collect();

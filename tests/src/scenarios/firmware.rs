@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::bad_input::{As, refuse};
 use super::on;
-use super::steps::bdf;
+use super::steps::{VFIO, bdf, give};
+use crate::debian::{self, RAW};
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
 use crate::host::Host;
@@ -35,6 +36,11 @@ pub fn table() -> Vec<Scenario> {
         on(small(), "firmware_boots_by_the_api_and_drops_command_line_and_initramfs", by_api),
         on(small(), "what_is_no_firmware_is_refused_in_one_line", refused),
         on(small(), "panic_of_the_guests_kernel_becomes_an_event", panic),
+        on(
+            uefi_host.clone().debian(),
+            "debian_boots_through_uefi_from_virtio_disks_to_its_login_prompt",
+            uefi_from_disks,
+        ),
         on(uefi_host, "debian_boots_through_uefi_from_an_assigned_nvme_drive", uefi),
     ];
     for scenario in &mut all {
@@ -177,11 +183,19 @@ fn panic(case: &Case<'_>) -> Result<()> {
 const SHORTEST_PERIOD: &str = "/sys/module/kvm/parameters/min_timer_period_us";
 
 fn uefi(case: &Case<'_>) -> Result<()> {
+    with_rare_ticks(case, boots_through_uefi)
+}
+
+fn uefi_from_disks(case: &Case<'_>) -> Result<()> {
+    with_rare_ticks(case, boots_from_disks)
+}
+
+fn with_rare_ticks(case: &Case<'_>, boot: fn(&Case<'_>) -> Result<()>) -> Result<()> {
     let host = case.host;
     // EDK II writes CR8 at the end of each interrupt. If the next one is pending already, QEMU 10.0 ends with a failed assertion (`bql_locked()`): it
     // handles that write without its lock. So the firmware's ticks, which it asks for every 10 ms, are made rare.
     let period = host.sh(&format!("cat {SHORTEST_PERIOD}; echo 400000 >{SHORTEST_PERIOD}"))?;
-    let result = boots_through_uefi(case);
+    let result = boot(case);
     host.sh(&format!("echo {period} >{SHORTEST_PERIOD}"))?;
     result
 }
@@ -208,4 +222,39 @@ fn boots_through_uefi(case: &Case<'_>) -> Result<()> {
     let boot = guest.sh("dd if=/dev/nvme0n1 bs=512 count=1 2>/dev/null | tail -c 2 | xxd -p")?;
     ensure(boot.trim() == "55aa", || format!("the drive's first sector ends in {boot}"))?;
     guest.power_off()
+}
+
+/// The drive's file system on one virtio disk, Debian on another.
+fn boots_from_disks(case: &Case<'_>) -> Result<()> {
+    let host = case.host;
+    give(host, &bdf(0), "nvme")?;
+    let copied = host.run_for(
+        "for n in $(seq 100); do [ ! -b /dev/nvme0n1 ] || break; usleep 50000; done; cp /dev/nvme0n1 /run/boot.img",
+        SOON,
+    );
+    give(host, &bdf(0), VFIO)?;
+    let copied = copied?;
+    ensure(copied.status == 0, || format!("the drive's content: {}", copied.text))?;
+    let mut vm = VmSpec::new(case.guest);
+    vm.command = Some(format!(
+        "dormouse --firmware {FIRMWARE} --cpus boot=1 --memory size=512M --serial tty --console off \
+         --disk path=/run/boot.img,image_type=raw {RAW}"
+    ));
+    let guest = Guest::launch(host, &vm)?;
+    let mut ready = debian::log_in(host, &guest, 0);
+    for _ in 1..PATIENCE {
+        ready = ready.or_else(|_| debian::log_in(host, &guest, 0));
+    }
+    ready?;
+    let seen = guest.sh("cat /sys/firmware/efi/systab; findmnt -n -o SOURCE /; cat /proc/1/comm")?;
+    for word in ["ACPI20=", "/dev/vdb", "systemd"] {
+        ensure(seen.contains(word), || format!("no {word} in the guest: {seen}"))?;
+    }
+    guest.sh(
+        "dd if=/dev/urandom of=/var/tmp/noise bs=1M count=4 conv=fsync 2>/dev/null && rm /var/tmp/noise",
+    )?;
+    guest.begin("systemctl poweroff")?;
+    let status = guest.wait_exit_for(debian::BOOT)?;
+    ensure(status == 0, || format!("the VMM ended with status {status} after the guest's shutdown"))?;
+    host.sh("rm /run/boot.img").map(drop)
 }

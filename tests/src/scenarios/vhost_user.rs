@@ -17,12 +17,12 @@ use crate::spec::HostSpec;
 const API: &str = "/run/vhost.sock";
 const EVENTS: &str = "/run/vhost.events";
 /// The directory that is shared.
-const SHARED: &str = "/run/shared";
-const FS: &str = "/run/fs.vhost";
+pub const SHARED: &str = "/run/shared";
+pub const FS: &str = "/run/fs.vhost";
 /// The image of the disk, and its size in bytes.
-const IMAGE: &str = "/run/vhost.img";
+pub const IMAGE: &str = "/run/vhost.img";
 const IMAGE_SIZE: u64 = 32 << 20;
-const DISK: &str = "/run/disk.vhost";
+pub const DISK: &str = "/run/disk.vhost";
 const QMP: &str = "/run/qmp.sock";
 const NET: &str = "/tmp/net.vhost";
 /// For what takes long in an emulated machine.
@@ -40,7 +40,7 @@ pub fn table() -> Vec<Scenario> {
 }
 
 /// A program of the host, killed at the latest when it is dropped.
-struct Peer<'h> {
+pub struct Peer<'h> {
     host: &'h Host,
     name: &'static str,
 }
@@ -57,7 +57,7 @@ impl<'h> Peer<'h> {
         Ok(peer)
     }
 
-    fn kill(&self) -> Result<()> {
+    pub fn kill(&self) -> Result<()> {
         let name = self.name;
         self.host.sh(&format!(
             "pid=$(cat /run/{name}.pid); kill -9 $pid 2>/dev/null; while [ -d /proc/$pid ]; do usleep 20000; done"
@@ -72,13 +72,13 @@ impl Drop for Peer<'_> {
     }
 }
 
-fn virtiofsd(host: &Host) -> Result<Peer<'_>> {
+pub fn virtiofsd(host: &Host) -> Result<Peer<'_>> {
     host.sh(&format!("mkdir -p {SHARED}; rm -f {FS}"))?;
     let command = format!("virtiofsd --socket-path={FS} --shared-dir={SHARED} --sandbox=none --tag=generic");
     Peer::start(host, "virtiofsd", &format!("test -S {FS}"), &command)
 }
 
-fn storage_daemon(host: &Host) -> Result<Peer<'_>> {
+pub fn storage_daemon(host: &Host) -> Result<Peer<'_>> {
     host.sh(&format!("rm -f {IMAGE} {QMP} {DISK}; truncate -s {IMAGE_SIZE} {IMAGE}"))?;
     let command = format!(
         "qemu-storage-daemon --blockdev driver=file,node-name=image,filename={IMAGE} \
@@ -108,7 +108,7 @@ fn same(host: &Host, guest: &Guest<'_>, there: &str, here: &str) -> Result<()> {
 }
 
 /// Files pass both ways between the directory and `mount`.
-fn files(host: &Host, guest: &Guest<'_>, mount: &str) -> Result<()> {
+pub fn files(host: &Host, guest: &Guest<'_>, mount: &str) -> Result<()> {
     host.sh(&format!("head -c 3000000 /dev/urandom >{SHARED}/down"))?;
     same(host, guest, &format!("cat {mount}/down"), &format!("cat {SHARED}/down"))?;
     guest.sh_for(

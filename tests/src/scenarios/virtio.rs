@@ -16,7 +16,6 @@ pub fn table() -> Vec<Scenario> {
     let mut all =
         with_old_kernels(scenario("a_guest_gets_random_numbers_from_the_entropy_device", random_numbers));
     all.push(scenario("a_virtio_device_works_again_after_its_driver_was_unbound_and_bound", rebind));
-    all.push(scenario("malformed_rings_stop_their_device_and_nothing_else", malformed_rings));
     all.push(scenario("a_guest_that_falls_silent_is_reset_by_the_watchdog", watchdog));
     all.push(scenario("a_balloon_gives_memory_back_unless_a_device_has_it_pinned", balloon));
     all
@@ -29,7 +28,7 @@ fn spec(case: &Case<'_>) -> VmSpec {
 }
 
 /// Two draws that differ, from the virtio device and no other source.
-fn draws(guest: &Guest<'_>) -> Result<()> {
+pub fn draws(guest: &Guest<'_>) -> Result<()> {
     let source = guest.sh("cat /sys/class/misc/hw_random/rng_current")?;
     ensure(source.trim().starts_with("virtio_rng"), || format!("the guest's source is {source}"))?;
     let draw = || guest.sh("dd if=/dev/hwrng bs=256 count=64 2>/dev/null | sha256sum");
@@ -47,36 +46,24 @@ fn random_numbers(case: &Case<'_>) -> Result<()> {
     guest.power_off()
 }
 
-/// The function of the device of this type (VIRTIO 1.2, chapter 5).
-fn function(guest: &Guest<'_>, device_type: u16) -> Result<String> {
+/// The functions of devices of this type (VIRTIO 1.2, chapter 5), in order.
+pub fn functions(guest: &Guest<'_>, device_type: u16) -> Result<Vec<String>> {
     let id = format!("0x{:04x}", 0x1040 + device_type);
     let find =
         format!("cd /sys/bus/pci/devices; for d in *; do [ $(cat $d/device) = {id} ] && echo $d; done; true");
-    let found = guest.sh(&find)?;
-    ensure(found.starts_with("0000:"), || format!("no function with device ID {id}"))?;
-    Ok(found.lines().next().unwrap_or_default().to_owned())
+    Ok(guest.sh(&find)?.lines().filter(|line| line.starts_with("0000:")).map(str::to_owned).collect())
 }
 
-fn without_driver(guest: &Guest<'_>, function: &str) -> Result<()> {
+/// The first of them.
+pub fn function(guest: &Guest<'_>, device_type: u16) -> Result<String> {
+    let found = functions(guest, device_type)?.into_iter().next();
+    found.ok_or_else(|| Error::Check(format!("no function of a virtio device of type {device_type}")))
+}
+
+/// Takes a function from its driver, if it has one.
+pub fn without_driver(guest: &Guest<'_>, function: &str) -> Result<()> {
     let dir = format!("/sys/bus/pci/devices/{function}");
     guest.sh(&format!("[ ! -e {dir}/driver ] || echo {function} >{dir}/driver/unbind")).map(drop)
-}
-
-fn malformed_rings(case: &Case<'_>) -> Result<()> {
-    let host = case.host;
-    let guest = host.start_vm(&spec(case).options("--balloon size=0").cmdline("iomem=relaxed"))?;
-    for (device_type, queue) in [(4, 0), (5, 0)] {
-        let function = function(&guest, device_type)?;
-        without_driver(&guest, &function)?;
-        let said = guest.sh_for(&format!("guest_tool break-rings {function} {queue}"), LONG)?;
-        ensure(said.contains("reset 200 times"), || format!("{function}: {said}"))?;
-        let lines = guest.log()?.lines().filter(|line| line.contains("has stopped until the guest")).count();
-        ensure(lines >= 10, || format!("{function}: {lines} lines in the log"))?;
-    }
-    let rng = function(&guest, 4)?;
-    guest.sh(&format!("echo {rng} >/sys/bus/pci/drivers/virtio-pci/bind"))?;
-    draws(&guest)?;
-    guest.power_off()
 }
 
 fn watchdog(case: &Case<'_>) -> Result<()> {

@@ -484,3 +484,38 @@ fn threads_are_named_after_their_queues_and_run_where_they_are_told() {
     });
     assert!(found.is_some());
 }
+
+/// Identifiers of this process's threads of a name.
+fn threads(name: &str) -> Vec<String> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+    let called =
+        tasks.filter(|task| fs::read_to_string(task.path().join("comm")).is_ok_and(|n| n.trim() == name));
+    called.map(|task| task.file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn a_queue_that_falls_idle_gets_a_thread_without_workers_of_the_kernel_and_goes_on() {
+    let image = Image::raw(MIB);
+    let device = Block::new("_idledisk", Disk::open(&image.spec()).unwrap(), options());
+    let mut driver = Driver::new(&device, SPLIT, ALL);
+    let parts = [(HEADER, 16, false), (DATA, 512, false), (STATUS, 1, true)];
+    let mut seen = Vec::new();
+    for round in 0..3 {
+        // A flush is what the kernel has no way to do at once.
+        for _ in 0..3 {
+            assert_eq!(driver.request(1, round, &parts).0, 0);
+            assert_eq!(driver.request(4, 0, &[(HEADER, 16, false), (STATUS, 1, true)]).0, 0);
+        }
+        let [before] = threads("_idledisk_q0").try_into().unwrap();
+        assert!(!seen.contains(&before), "round {round}");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while threads("_idledisk_q0").contains(&before) {
+            assert!(Instant::now() < deadline, "round {round}: the thread stays");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(threads(&format!("iou-wrk-{before}")), [""; 0], "round {round}");
+        seen.push(before);
+    }
+    drop(driver);
+    assert_eq!(threads("_idledisk_q0"), [""; 0], "after the reset");
+}

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{debug, info, warn};
 use rustix::thread::CpuSet;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use vm_memory::Permissions;
@@ -27,6 +27,10 @@ use crate::virtio::worker::{Event, Handler, Watch};
 /// Tokens of what the thread sleeps on beside its doorbell.
 const RING: u32 = 0;
 const TIMER: u32 = 1;
+const IDLE: u32 = 2;
+
+/// How long a queue must have nothing to do before its thread is changed for one that the kernel has no workers for.
+const IDLE_TIME: Duration = Duration::from_secs(2);
 
 /// The work on one queue.
 pub(super) struct QueueTask {
@@ -40,6 +44,19 @@ pub(super) struct QueueTask {
     timer: Option<OwnedFd>,
     /// What has finished and could not be given back: never more than one round's.
     done: VecDeque<(Flight, io::Result<()>)>,
+    idle: Option<IdleWatch>,
+}
+
+/// Finds out when there is nothing to do any more. For operations that would have to wait, io_uring has a thread of the kernel's, one of
+/// which stays as long as the thread that began them and wakes every five seconds for nothing (fs/io_uring/io-wq.c). So it is made to go.
+struct IdleWatch {
+    timer: OwnedFd,
+    /// It is to ring: the kernel has been asked for something since this thread is there.
+    set: bool,
+    /// It has been asked again since the timer was set.
+    busy: bool,
+    /// Long enough without.
+    over: bool,
 }
 
 /// A request that the host's kernel has.
@@ -75,7 +92,7 @@ struct Desk<'a> {
 
 impl QueueTask {
     pub(super) fn new(queue: ActiveQueue, shared: Arc<Shared>, cpus: Vec<usize>, by_uring: bool) -> Self {
-        Self { ring: None, queue, shared, cpus, by_uring, timer: None, done: VecDeque::new() }
+        Self { ring: None, queue, shared, cpus, by_uring, timer: None, done: VecDeque::new(), idle: None }
     }
 
     fn serve(&mut self) -> Result<(), DeviceError> {
@@ -96,6 +113,7 @@ impl QueueTask {
         loop {
             let Some(ring) = &mut self.ring else { return Ok(false) };
             was_full |= ring.is_full();
+            let asks = !ring.is_idle();
             ring.submit().map_err(DeviceError::host("io_uring"))?;
             let left = ring.waiting();
             while let Some(finished) = ring.finished() {
@@ -106,12 +124,25 @@ impl QueueTask {
             if !again && ring.is_held_up() {
                 self.queue.ring_own_doorbell();
             }
+            if asks {
+                self.note_use();
+            }
             self.give_back()?;
             if !again {
                 break;
             }
         }
         Ok(was_full && self.ring.as_ref().is_some_and(|ring| !ring.is_full()))
+    }
+
+    /// Something has been asked of the kernel.
+    fn note_use(&mut self) {
+        if let Some(idle) = &mut self.idle {
+            idle.busy = true;
+            if !std::mem::replace(&mut idle.set, true) {
+                idle.set_again();
+            }
+        }
     }
 
     fn give_back(&mut self) -> Result<(), DeviceError> {
@@ -140,17 +171,14 @@ impl Handler for QueueTask {
                 Ok(ring) => {
                     watch.add(&ring, EventSet::IN, RING).map_err(DeviceError::host("watching io_uring"))?;
                     self.ring = Some(ring);
+                    self.idle = Some(IdleWatch::new(watch)?);
                 }
                 // Kernels can be built or told to do without.
                 Err(e) => info!("disk {}: goes without io_uring: {e}", self.shared.name),
             }
         }
         if self.shared.limiter.is_some() {
-            let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-            let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags);
-            let timer = timer.map_err(|e| DeviceError::host("a timer for the rate limit")(e.into()))?;
-            watch.add(&timer, EventSet::IN, TIMER).map_err(DeviceError::host("watching a timer"))?;
-            self.timer = Some(timer);
+            self.timer = Some(timer(watch, TIMER)?);
         }
         Ok(())
     }
@@ -165,6 +193,12 @@ impl Handler for QueueTask {
                 }
                 self.serve()
             }
+            Event::Ready(IDLE, _) => {
+                if let Some(idle) = &mut self.idle {
+                    idle.rings();
+                }
+                Ok(())
+            }
             Event::Ready(..) => {
                 if self.submit_and_reap()? {
                     self.serve()?;
@@ -172,6 +206,16 @@ impl Handler for QueueTask {
                 Ok(())
             }
         }
+    }
+
+    fn wants_new_thread(&mut self) -> bool {
+        let is_idle = self.done.is_empty() && self.ring.as_ref().is_none_or(Uring::is_idle);
+        let over = self.idle.as_ref().is_some_and(|idle| idle.over) && is_idle;
+        if over {
+            // Made anew by the thread that will use it.
+            (self.ring, self.idle, self.timer) = (None, None, None);
+        }
+        over
     }
 
     fn quiesce(&mut self) {
@@ -193,6 +237,37 @@ impl Handler for QueueTask {
             }
         }
     }
+}
+
+impl IdleWatch {
+    fn new(watch: &Watch) -> Result<Self, DeviceError> {
+        Ok(Self { timer: timer(watch, IDLE)?, set: false, busy: false, over: false })
+    }
+
+    fn set_again(&mut self) {
+        self.busy = false;
+        if let Err(e) = set_timer(&self.timer, IDLE_TIME) {
+            debug!("a disk is not found idle: {e}");
+        }
+    }
+
+    fn rings(&mut self) {
+        let _ = rustix::io::read(&self.timer, &mut [0_u8; 8]);
+        if self.busy {
+            self.set_again();
+        } else {
+            self.over = true;
+        }
+    }
+}
+
+/// A timer that is watched and not set.
+fn timer(watch: &Watch, token: u32) -> Result<OwnedFd, DeviceError> {
+    let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+    let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags);
+    let timer = timer.map_err(|e| DeviceError::host("a timer")(e.into()))?;
+    watch.add(&timer, EventSet::IN, token).map_err(DeviceError::host("watching a timer"))?;
+    Ok(timer)
 }
 
 impl QueueTask {

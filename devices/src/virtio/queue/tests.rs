@@ -211,6 +211,40 @@ fn what_a_driver_must_not_put_into_a_ring_is_told_by_name() {
 }
 
 #[test]
+fn a_chain_that_is_available_twice_at_once_is_wrong_even_if_the_first_is_back_by_then() {
+    let split = RingFeatures { event_idx: false, indirect: false, packed: false };
+    let (_, mut driver, mut device, _) = pair(8, split);
+    let first = driver.add(&[(DATA, 4, true)]);
+    driver.make_available(first);
+    assert_eq!(echo(&mut device).unwrap_err(), RingError::InUse(first));
+    // One after the other is how every driver does it, and what was put back is no second time.
+    let (memory, mut driver, mut device, _) = pair(8, split);
+    for _ in 0..20 {
+        let id = driver.add(&[(DATA, 4, true)]);
+        let chain = device.pop(&memory.memory()).unwrap().unwrap();
+        device.undo_pop(chain);
+        assert_eq!(echo(&mut device).unwrap(), [id]);
+        assert_eq!(driver.used(), Some((id, id.into())));
+    }
+}
+
+#[test]
+fn a_look_at_a_ring_takes_nothing_and_finds_what_is_wrong() {
+    for features in forms() {
+        let (memory, mut driver, mut device, _) = pair(8, features);
+        let view = memory.memory();
+        device.look(&view).unwrap();
+        let id = driver.add(&[(DATA, 4, true)]);
+        let more = driver.add(&[(DATA, 4, true); 2]);
+        device.look(&view).unwrap();
+        device.look(&view).unwrap();
+        assert_eq!(echo(&mut device).unwrap(), [id, more], "{features:?}");
+        driver.add(&[(0x90_0000, 4, true)]);
+        assert!(matches!(device.look(&view), Err(RingError::Outside { .. })), "{features:?}");
+    }
+}
+
+#[test]
 fn what_a_driver_must_not_put_into_a_packed_ring_is_told_by_name() {
     let packed = RingFeatures { event_idx: false, indirect: true, packed: true };
     let error = |descriptors: &[(u64, u16, u16)]| {

@@ -16,7 +16,7 @@
 //! - `guest_tool cpuid LEAF`: the four registers that CPUID gives for a leaf.
 //! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool vsock ...`: sockets to the host; see [`vsock`].
-//! - `guest_tool break-rings BDF QUEUE`: a virtio driver that does all that it must not; see [`virtio`].
+//! - `guest_tool break-rings BDF QUEUE [survive]`: a virtio driver that does all that it must not; see [`virtio`]. With `survive` the device need not notice.
 //! - `guest_tool watchdog BDF COUNT`: gives the virtio watchdog COUNT signs of life, one a second, and then none.
 //! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
 //!   [`records`].
@@ -62,7 +62,8 @@ fn main() -> ExitCode {
         ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
         ["drm"] => drm::draw(),
         ["vsock", rest @ ..] => vsock::run(rest),
-        ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue),
+        ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue, false),
+        ["break-rings", bdf, queue, "survive"] => virtio::break_rings(bdf, queue, true),
         ["watchdog", bdf, count] => virtio::watchdog(bdf, count),
         ["records", "write", disk] => records::write(disk),
         ["records", "check", image, flushed] => records::check(image, flushed),

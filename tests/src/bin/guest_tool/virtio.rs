@@ -17,8 +17,11 @@ const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 64;
-/// VIRTIO_F_VERSION_1, as bit of the upper half.
+/// VIRTIO_F_VERSION_1 and VIRTIO_F_RING_PACKED, as bits of the upper half.
 const VERSION_1: u32 = 1;
+const RING_PACKED: u32 = 4;
+/// Flags of a packed descriptor that the driver has made available in the first turn.
+const AVAILABLE: u16 = 1 << 7;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -120,17 +123,29 @@ impl Device {
         wait(|| self.status() == 0, "the device does not end its reset")
     }
 
+    /// Whether there are packed rings.
+    fn has_packed(&self) -> bool {
+        self.set(0, 1_u32);
+        self.get::<u32>(4) & RING_PACKED != 0
+    }
+
     fn negotiate(&self) -> io::Result<()> {
+        self.negotiate_with(VERSION_1)
+    }
+
+    fn negotiate_with(&self, upper: u32) -> io::Result<()> {
         self.reset()?;
         self.set(20, ACKNOWLEDGE);
         self.set(20, ACKNOWLEDGE | DRIVER);
-        for (half, bits) in [(0_u32, 0_u32), (1, VERSION_1)] {
+        for (half, bits) in [(0_u32, 0_u32), (1, upper)] {
             self.set(8, half);
             self.set(12, bits);
         }
         self.set(20, ACKNOWLEDGE | DRIVER | FEATURES_OK);
         if self.status() & FEATURES_OK == 0 {
-            return Err(io::Error::other("the device does not agree to VERSION_1 alone"));
+            return Err(io::Error::other(
+                "the device does not agree to VERSION_1 and, if asked, packed rings",
+            ));
         }
         Ok(())
     }
@@ -219,6 +234,11 @@ impl Queue {
         self.driver.mapping.write(2, self.available);
     }
 
+    /// A descriptor of a packed ring, for the device to take.
+    fn describe_packed(&self, place: usize, address: u64, len: u32, id: u16, flags: u16) {
+        self.describe(place, address, len, id, flags | AVAILABLE);
+    }
+
     fn used(&self) -> u16 {
         self.device.mapping.read(2)
     }
@@ -244,6 +264,18 @@ const OFFENCES: &[(&str, Offence)] = &[
     ("head-past-the-table", |_, queue| queue.offer(0xfff0)),
     ("index-jump", |_, queue| queue.driver.mapping.write(2, 0x4000_u16)),
     ("index-back", |_, queue| queue.driver.mapping.write(2, 0xffff_u16)),
+    ("chain-longer-than-the-queue", |_, queue| {
+        for (place, next) in (0..8_usize).zip([1_u16, 2, 3, 4, 5, 6, 7, 0]) {
+            queue.describe(place, queue.data.physical, 8, NEXT | WRITE, next);
+        }
+        queue.offer(0);
+    }),
+    ("duplicate-head", |_, queue| {
+        queue.describe(0, queue.data.physical, 512, WRITE, 0);
+        queue.driver.mapping.write(4, 0_u16);
+        queue.driver.mapping.write(6, 0_u16);
+        queue.driver.mapping.write(2, 2_u16);
+    }),
     ("buffer-nowhere", |_, queue| {
         queue.describe(0, NOWHERE, 8, WRITE, 0);
         queue.offer(0);
@@ -279,6 +311,36 @@ const OFFENCES: &[(&str, Offence)] = &[
     }),
 ];
 
+/// What a driver must not put into a packed ring.
+const PACKED_OFFENCES: &[(&str, Offence)] = &[
+    ("packed-endless-chain", |_, queue| {
+        (1..8).for_each(|place| queue.describe_packed(place, queue.data.physical, 8, 0, NEXT | WRITE));
+        queue.describe_packed(0, queue.data.physical, 8, 0, NEXT | WRITE);
+    }),
+    ("packed-unfinished-chain", |_, queue| {
+        queue.describe_packed(0, queue.data.physical, 8, 0, NEXT | WRITE);
+    }),
+    ("packed-id-past-the-table", |_, queue| {
+        queue.describe_packed(0, queue.data.physical, 8, 0xfff0, WRITE);
+    }),
+    ("packed-buffer-nowhere", |_, queue| queue.describe_packed(0, NOWHERE, 8, 0, WRITE)),
+    ("packed-buffer-past-the-address-space", |_, queue| queue.describe_packed(0, u64::MAX - 3, 8, 0, WRITE)),
+    ("packed-buffer-too-long", |_, queue| {
+        queue.describe_packed(0, queue.data.physical, u32::MAX, 0, WRITE);
+    }),
+    ("packed-readable-behind-writable", |_, queue| {
+        queue.describe_packed(1, queue.data.physical, 8, 0, 0);
+        queue.describe_packed(0, queue.data.physical, 8, 0, NEXT | WRITE);
+    }),
+    ("packed-indirect-not-agreed", |_, queue| {
+        queue.describe_packed(0, queue.data.physical, 16, 0, INDIRECT);
+    }),
+    ("packed-size-in-use", |device, queue| {
+        device.set(22, queue.number);
+        device.set(24, 4_u16);
+    }),
+];
+
 /// What makes a device that cannot start.
 const BAD_STARTS: &[(&str, Offence)] = &[
     ("ring-nowhere", |device, _| {
@@ -293,25 +355,33 @@ const BAD_STARTS: &[(&str, Offence)] = &[
     ("size-huge", |device, _| device.set(24, 0x8000_u16)),
 ];
 
-/// Breaks queue `queue` of the device in every way there is; after each one the device must want a reset, and work again after it.
-pub fn break_rings(bdf: &str, queue: &str) -> io::Result<()> {
+/// Breaks queue `queue` of the device in every way there is; after each one the device must want a reset, and work again after it. With `survive` it
+/// need not: somebody else than the VMM serves its rings.
+pub fn break_rings(bdf: &str, queue: &str, survive: bool) -> io::Result<()> {
     let number = u16::try_from(number(queue)?).map_err(io::Error::other)?;
     let device = Device::open(bdf)?;
     let stopped = || device.status() & NEEDS_RESET != 0;
-    for (name, offence) in OFFENCES {
-        device.negotiate()?;
+    let packed = if device.has_packed() { PACKED_OFFENCES } else { &[] };
+    let split = OFFENCES.iter().map(|offence| (VERSION_1, offence));
+    for (features, (name, offence)) in split.chain(packed.iter().map(|o| (VERSION_1 | RING_PACKED, o))) {
+        device.negotiate_with(features)?;
         let mut queue = Queue::new(number)?;
         let _others = queue.enable(&device)?;
         device.ready();
-        if stopped() {
+        if stopped() && !survive {
             return Err(io::Error::other(format!(
                 "{name}: the device has stopped before anything was wrong"
             )));
         }
         offence(&device, &mut queue);
         device.ring(number);
-        wait(stopped, &format!("{name}: the device goes on"))?;
-        println!("{name}: stopped");
+        if survive {
+            thread::sleep(Duration::from_millis(100));
+            println!("{name}: {}", if stopped() { "stopped" } else { "goes on" });
+        } else {
+            wait(stopped, &format!("{name}: the device goes on"))?;
+            println!("{name}: stopped");
+        }
         device.reset()?;
     }
     for (name, offence) in BAD_STARTS {
@@ -327,8 +397,9 @@ pub fn break_rings(bdf: &str, queue: &str) -> io::Result<()> {
         println!("{name}: stopped");
         device.reset()?;
     }
-    // Resets in the middle of work.
-    for _ in 0..200 {
+    // Resets in the middle of work. Another process than the VMM takes its time for each.
+    let resets = if survive { 10 } else { 50 };
+    for _ in 0..resets {
         device.negotiate()?;
         let mut queue = Queue::new(number)?;
         let _others = queue.enable(&device)?;
@@ -340,7 +411,7 @@ pub fn break_rings(bdf: &str, queue: &str) -> io::Result<()> {
         device.ring(number);
         device.reset()?;
     }
-    println!("reset 200 times at work");
+    println!("reset {resets} times at work");
     Ok(())
 }
 
