@@ -5,6 +5,7 @@
 //! when there was none.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use rustix::time::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, Active, DeviceError, DeviceType, F_RINGS, VirtioDevice};
+use super::device::{Activation, Active, DeviceError, DeviceType, F_RINGS, Saved, VirtioDevice};
 use super::queue::{ActiveQueue, Served};
 use super::worker::{Event, Handler, Watch, Worker};
 use crate::reset::MachineControl;
@@ -53,12 +54,22 @@ pub struct Watchdog {
     name: String,
     machine: Arc<CurrentMachine>,
     patience: Duration,
+    /// There was a sign of life since the driver became ready.
+    watching: Arc<AtomicBool>,
+    /// The next activation is no new beginning.
+    restored: AtomicBool,
 }
 
 impl Watchdog {
     /// A watchdog that resets `machine`.
     pub fn new(name: &str, machine: Arc<CurrentMachine>) -> Self {
-        Self { name: name.to_owned(), machine, patience: PATIENCE }
+        Self {
+            name: name.to_owned(),
+            machine,
+            patience: PATIENCE,
+            watching: Arc::default(),
+            restored: AtomicBool::new(false),
+        }
     }
 }
 
@@ -80,15 +91,28 @@ impl VirtioDevice for Watchdog {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)
             .map_err(|e| DeviceError::host("a timer")(e.into()))?;
+        if !self.restored.swap(false, Ordering::SeqCst) {
+            self.watching.store(false, Ordering::SeqCst);
+        }
         let handler = Guard {
             name: self.name.clone(),
             queue,
             timer,
             machine: Arc::clone(&self.machine),
             patience: self.patience,
-            watching: false,
+            watching: Arc::clone(&self.watching),
         };
         Ok(Box::new(Worker::start(&self.name, Box::new(handler), activation.interrupt)?))
+    }
+
+    fn save(&self) -> Result<Saved, String> {
+        Ok(self.watching.load(Ordering::SeqCst).into())
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), String> {
+        self.watching.store(saved.as_bool().unwrap_or(false), Ordering::SeqCst);
+        self.restored.store(true, Ordering::SeqCst);
+        Ok(())
     }
 }
 
@@ -98,8 +122,7 @@ struct Guard {
     timer: std::os::fd::OwnedFd,
     machine: Arc<CurrentMachine>,
     patience: Duration,
-    /// There was a sign of life.
-    watching: bool,
+    watching: Arc<AtomicBool>,
 }
 
 impl Guard {
@@ -127,9 +150,9 @@ impl Handler for Guard {
     fn event(&mut self, event: Event, _watch: &Watch) -> Result<(), DeviceError> {
         match event {
             Event::Kick(_) => {
-                let watching = &mut self.watching;
+                let watching = &self.watching;
                 self.queue.serve::<DeviceError>(|view, chain| {
-                    *watching = true;
+                    watching.store(true, Ordering::SeqCst);
                     let mut writer = chain.writer(view);
                     // A chain without a byte to write is a sign of life all the same.
                     let _ = writer.write(&[SEEN]).map_err(DeviceError::host("answering a sign of life"))?;
@@ -137,7 +160,7 @@ impl Handler for Guard {
                     Ok(Served::Done(chain, written))
                 })?;
                 // Also after a pause, in which the guest could give none.
-                if self.watching { self.set_timer(self.patience) } else { Ok(()) }
+                if self.watching.load(Ordering::SeqCst) { self.set_timer(self.patience) } else { Ok(()) }
             }
             Event::Ready(..) => {
                 let _ = rustix::io::read(&self.timer, &mut [0; 8]);
@@ -159,7 +182,7 @@ impl Handler for Guard {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
     use std::thread::sleep;
 
     use super::super::testing::{DriverQueue, Interrupts, activation, forms, memory};

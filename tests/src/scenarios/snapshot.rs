@@ -321,16 +321,16 @@ fn refused(case: &Case<'_>) -> Result<()> {
             || format!("{keys}: status {}: {}", output.status, output.text),
         )?;
     }
+    let add_disk = format!(
+        "truncate -s 1M {PLACE}/z; sed -i 's|\"disks\":\\[|\"disks\":[{{\"path\":\"{PLACE}/z\",\"id\":\"z\"}},|' $d/config.json"
+    );
     for (damage, says) in [
         ("truncate -s 100M $d/memory-ranges", "memory-ranges"),
         ("truncate -s 300 $d/state.json", "state.json"),
         ("sed -i 's/\"format\":1/\"format\":99/' $d/state.json", "state.json"),
         ("rm $d/state.json", "state.json"),
         ("sed -i 's/536870912/268435456/' $d/config.json", "memory"),
-        (
-            "sed -i 's/\"disks\":\\[/\"disks\":[{\"path\":\"\\/dev\\/null\",\"id\":\"z\"},/' $d/config.json",
-            "z",
-        ),
+        (&add_disk, "device z"),
         (&format!("truncate -s 32M {PLACE}/disk"), "67108864"),
     ] {
         host.sh(&format!("d={PLACE}/bad; rm -rf $d; cp -r {PLACE}/one $d; {damage}"))?;

@@ -34,7 +34,14 @@ struct Bench {
 impl Bench {
     /// An entropy device whose BAR is decoded, with vector 1 for its queue.
     fn new() -> Self {
-        let memory = memory();
+        let bench = Self::bare(memory());
+        bench.function.config_write(0x10, &u32::try_from(AT).unwrap().to_le_bytes());
+        bench.function.config_write(4, &[6, 0]);
+        bench
+    }
+
+    /// One that nobody has touched.
+    fn bare(memory: Memory) -> Self {
         let msi = FakeAllocator::new();
         let window = Arc::new(BarWindow::new(AT, 1 << 20).unwrap());
         let function = VirtioPci::new(VirtioPciSpec {
@@ -47,8 +54,6 @@ impl Bench {
             doorbells: Arc::new(NoDoorbells),
         })
         .unwrap();
-        function.config_write(0x10, &u32::try_from(AT).unwrap().to_le_bytes());
-        function.config_write(4, &[6, 0]);
         Self { function, memory, msi, window }
     }
 
@@ -288,4 +293,63 @@ fn a_paused_device_does_nothing_and_does_it_afterwards() {
     bench.put(20, &[0]);
     assert_eq!(bench.status(), 0, "a reset ends a pause");
     bench.function.resume();
+}
+
+#[test]
+fn a_function_goes_on_from_what_was_saved_with_its_rings_where_they_were() {
+    for features in [SPLIT, PACKED] {
+        let first = Bench::new();
+        let mut queue = first.start(features);
+        (0..20).for_each(|_| first.works(&mut queue));
+        first.function.pause();
+        // Made available while nobody looks, and nobody rings for it again.
+        let waiting = queue.add(&[(DATA, 64, true)]);
+        let saved = first.function.save().unwrap();
+        first.function.shutdown();
+        let text = serde_json::to_string(&saved).unwrap();
+
+        let second = Bench::bare(first.memory.clone());
+        second.function.restore(&serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(second.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK, "its BAR is decoded");
+        second.function.resume();
+        assert_eq!(queue.wait_used(), Some((waiting, 64)), "{features:?}");
+        assert!(second.msi.vectors().iter().any(|vector| vector.signals() > 0), "the driver is told");
+        (0..20).for_each(|_| second.works(&mut queue));
+        // Saved again it is the same but for the positions.
+        second.function.pause();
+        let again = second.function.save().unwrap();
+        for part in ["header", "pmcsr", "common", "device"] {
+            assert_eq!(saved[part], again[part], "{part}");
+        }
+    }
+}
+
+#[test]
+fn what_was_saved_of_another_device_is_refused_and_a_stopped_one_stays_stopped() {
+    let first = Bench::new();
+    let queue = first.start(SPLIT);
+    first.function.pause();
+    let saved = first.function.save().unwrap();
+    let mut other = saved.clone();
+    other["common"]["queues"].as_array_mut().unwrap().clear();
+    let error = Bench::bare(memory()).function.restore(&other).unwrap_err();
+    assert!(error.contains("queues of"), "{error}");
+    let mut other = saved.clone();
+    other["common"]["acknowledged"] = u64::MAX.into();
+    let error = Bench::bare(memory()).function.restore(&other).unwrap_err();
+    assert!(error.contains("features"), "{error}");
+    first.function.resume();
+    // A broken ring.
+    first.memory.memory().write_obj(999_u16, GuestAddress(queue.layout.driver + 2)).unwrap();
+    first.ring();
+    while first.status() & NEEDS_RESET == 0 {
+        std::thread::yield_now();
+    }
+    first.function.pause();
+    let second = Bench::bare(first.memory.clone());
+    second.function.restore(&first.function.save().unwrap()).unwrap();
+    second.function.resume();
+    assert_ne!(second.status() & NEEDS_RESET, 0);
+    let mut queue = second.start(SPLIT);
+    second.works(&mut queue);
 }
