@@ -95,6 +95,9 @@ const LONG: &[&str] = &[
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
     "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
     "devices_come_and_go_in_the_second_pci_segment",
+    "persistent_memory_comes_and_goes_beside_a_sleeping_device",
+    "a_file_that_the_host_takes_away_is_an_error_in_the_guest_that_lives_on",
+    "a_zone_is_plugged_in_its_own_node",
     "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
 ];
 
