@@ -47,8 +47,8 @@ fn ctl(host: &Host, words: &str) -> Result<String> {
 
 fn wait_disk(guest: &Guest<'_>, name: &str) -> Result<()> {
     wait_for("the guest has a disk of it", IDLE, || {
-        let found = guest.run(&format!("test -b /dev/{name} || ls /sys/bus/nd/devices"))?;
-        Ok(if found.status == 0 && found.text.is_empty() { Ok(()) } else { Err(found.text) })
+        let devices = guest.run("ls /sys/bus/nd/devices")?.text;
+        Ok(if guest.run(&format!("test -b /dev/{name}"))?.status == 0 { Ok(()) } else { Err(devices) })
     })
 }
 
