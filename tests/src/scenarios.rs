@@ -81,6 +81,8 @@ const LONG: &[&str] = &[
     "a_rate_limit_and_a_group_slow_disks_down",
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
     "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
+    "memory_is_plugged_and_unplugged_and_plugged_again_after_a_reboot",
+    "an_assigned_drive_reaches_what_is_plugged_and_no_more_is_pinned",
 ];
 
 /// Whether `--short` leaves a scenario out.
