@@ -99,6 +99,7 @@ const LONG: &[&str] = &[
     "a_file_that_the_host_takes_away_is_an_error_in_the_guest_that_lives_on",
     "a_zone_is_plugged_in_its_own_node",
     "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
+    "an_assigned_drive_reaches_what_is_plugged_and_no_more_is_pinned",
 ];
 
 /// Whether `--short` leaves a scenario out.
