@@ -22,6 +22,8 @@ use crate::spec::Kernel;
 
 /// The firmware on a host that was asked to have it.
 pub const FIRMWARE: &str = "/firmware/CLOUDHV.fd";
+/// The bootable drive's image on a host that also has Debian.
+pub const DISK: &str = "/firmware/boot.img";
 /// The bootable drive's image, in the directory of the host's other files.
 pub const DRIVE: &str = "uefi.img";
 const DRIVE_BYTES: usize = 48 << 20;
@@ -41,16 +43,19 @@ const CLOUDHV: Wanted = Wanted {
 const BOOT_LOADER: Wanted =
     Wanted { package: "systemd-boot-efi", suite: None, file: "usr/lib/systemd/boot/efi/systemd-bootx64.efi" };
 
-/// Puts the firmware at the end of a host's initramfs, and the drive's image, which boots `guest`, into `dir`: with `debian`, to the Debian on the
-/// second virtio disk.
+/// Puts the firmware at the end of a host's initramfs, and the drive's image, which boots `guest`, into `dir`. With `debian`, the image is on the host
+/// too, and boots to the Debian on the second virtio disk.
 pub fn add(artifacts: &Artifacts, guest: Kernel, debian: bool, initramfs: &Path, dir: &Path) -> Result<()> {
     let mut archive = Archive::new();
     archive.copy(FIRMWARE.trim_start_matches('/'), &obtain(&CLOUDHV)?)?;
+    let drive = dir.join(DRIVE);
+    fs::write(&drive, drive_image(artifacts, guest, debian)?).map_err(file_error("write", &drive))?;
+    if debian {
+        archive.copy(DISK.trim_start_matches('/'), &drive)?;
+    }
     let failed = || file_error("write", initramfs);
     let mut file = fs::OpenOptions::new().append(true).open(initramfs).map_err(failed())?;
-    file.write_all(&archive.finish()).map_err(failed())?;
-    let drive = dir.join(DRIVE);
-    fs::write(&drive, drive_image(artifacts, guest, debian)?).map_err(file_error("write", &drive))
+    file.write_all(&archive.finish()).map_err(failed())
 }
 
 /// What the kernel is told by its boot loader: as the test bed tells it without one.

@@ -51,8 +51,8 @@ pub fn table() -> Vec<Scenario> {
 /// What serves the devices on the host. All ends with it.
 pub struct Peers<'h> {
     host: &'h Host,
-    fs: Peer<'h>,
-    disk: Peer<'h>,
+    /// virtiofsd and the storage daemon.
+    served: Vec<Peer<'h>>,
 }
 
 impl<'h> Peers<'h> {
@@ -63,23 +63,25 @@ impl<'h> Peers<'h> {
         ))?;
         super::disk::qcow2_image(host, "q")?;
         host.sh(&format!("mv {}/q {PLACE}/qcow2", super::disk::PLACE))?;
-        Ok(Self { host, fs: vhost_user::virtiofsd(host)?, disk: vhost_user::storage_daemon(host)? })
+        Ok(Self { host, served: Self::serve(host)? })
+    }
+
+    fn serve(host: &'h Host) -> Result<Vec<Peer<'h>>> {
+        Ok(vec![vhost_user::virtiofsd(host)?, vhost_user::storage_daemon(host)?])
     }
 
     /// Starts those anew that serve one VMM and end when it leaves them.
     pub fn again(&mut self) -> Result<()> {
-        self.fs.kill()?;
-        self.fs = vhost_user::virtiofsd(self.host)?;
-        self.disk.kill()?;
-        self.disk = vhost_user::storage_daemon(self.host)?;
+        // Each ends with what stands for it, before there is another of its name.
+        self.served.clear();
+        self.served = Self::serve(self.host)?;
         Ok(())
     }
 }
 
 impl Drop for Peers<'_> {
     fn drop(&mut self) {
-        let _ = self.fs.kill();
-        let _ = self.disk.kill();
+        self.served.clear();
         let shared = vhost_user::SHARED;
         let _ = self.host.sh(&format!(
             "killall httpd socat cat 2>/dev/null; rm -rf {PLACE} {shared} {} {} {EVENTS} {SOCKET}*; \

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::bad_input::{As, refuse};
 use super::on;
-use super::steps::{VFIO, bdf, give};
+use super::steps::bdf;
 use crate::debian::{self, RAW};
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
@@ -16,7 +16,7 @@ use crate::payload::FIRMWARE_SAYS;
 use crate::rpc::wait_for;
 use crate::runner::{Case, Scenario};
 use crate::spec::{Device, HostSpec, Kernel};
-use crate::uefi::FIRMWARE;
+use crate::uefi::{DISK, FIRMWARE};
 
 /// How often a guest is given its usual time to boot: EDK II alone takes longer than a whole Linux, where every instruction is emulated.
 const PATIENCE: usize = 5;
@@ -37,7 +37,7 @@ pub fn table() -> Vec<Scenario> {
         on(small(), "what_is_no_firmware_is_refused_in_one_line", refused),
         on(small(), "panic_of_the_guests_kernel_becomes_an_event", panic),
         on(
-            uefi_host.clone().debian(),
+            HostSpec { uefi: true, ..small().debian() },
             "debian_boots_through_uefi_from_virtio_disks_to_its_login_prompt",
             uefi_from_disks,
         ),
@@ -227,18 +227,10 @@ fn boots_through_uefi(case: &Case<'_>) -> Result<()> {
 /// The drive's file system on one virtio disk, Debian on another.
 fn boots_from_disks(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    give(host, &bdf(0), "nvme")?;
-    let copied = host.run_for(
-        "for n in $(seq 100); do [ ! -b /dev/nvme0n1 ] || break; usleep 50000; done; cp /dev/nvme0n1 /run/boot.img",
-        SOON,
-    );
-    give(host, &bdf(0), VFIO)?;
-    let copied = copied?;
-    ensure(copied.status == 0, || format!("the drive's content: {}", copied.text))?;
     let mut vm = VmSpec::new(case.guest);
     vm.command = Some(format!(
         "dormouse --firmware {FIRMWARE} --cpus boot=1 --memory size=512M --serial tty --console off \
-         --disk path=/run/boot.img,image_type=raw {RAW}"
+         --disk path={DISK},image_type=raw {RAW}"
     ));
     let guest = Guest::launch(host, &vm)?;
     let mut ready = debian::log_in(host, &guest, 0);
@@ -255,6 +247,5 @@ fn boots_from_disks(case: &Case<'_>) -> Result<()> {
     )?;
     guest.begin("systemctl poweroff")?;
     let status = guest.wait_exit_for(debian::BOOT)?;
-    ensure(status == 0, || format!("the VMM ended with status {status} after the guest's shutdown"))?;
-    host.sh("rm /run/boot.img").map(drop)
+    ensure(status == 0, || format!("the VMM ended with status {status} after the guest's shutdown"))
 }
