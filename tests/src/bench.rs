@@ -4,6 +4,7 @@
 //! native `/dev/kvm`; overhead and power on the ordinary emulated host, power against bare VFIO calls in the same run.
 
 mod api;
+mod devices;
 mod disk;
 mod login;
 mod net;
@@ -53,11 +54,12 @@ impl fmt::Display for Figure {
 /// What measures some of the figures, and its name.
 type Part = (&'static str, fn(&Artifacts) -> Result<Vec<Figure>>);
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     ("size", size),
     ("start", start::measure),
     ("api", api::measure),
     ("overhead", overhead),
+    ("devices", devices::measure),
     ("power", power::measure),
     ("wake", wake::measure),
     ("net", net::measure),
@@ -151,13 +153,7 @@ fn overhead(artifacts: &Artifacts) -> Result<Vec<Figure>> {
             vm = vm.device(&host, &bdf(0));
         }
         let guest = host.start_vm(&vm)?;
-        // Guest RAM is the only mapping of that size. Clean pages of shared libraries are private only because nothing else
-        // on the emulated host uses them (its shell is linked statically).
-        let text = host.sh(
-            "awk '/^[0-9a-f]+-/ {ram = 0; library = /[.]so/} /^Size:/ {ram = $2 >= 131072} \
-             /^Private/ {if (!ram && !(library && /Clean/)) s += $2} END {print s}' /proc/$(pidof dormouse)/smaps",
-        )?;
-        let value = text.trim().parse::<f64>().unwrap_or(f64::MAX) / MIB;
+        let value = private_memory(&host)? / MIB;
         figures.push(Figure { name, value, unit: "MiB", target: Some(target), note: String::new() });
         if !device {
             figures.push(wakeups(&host)?);
@@ -165,6 +161,16 @@ fn overhead(artifacts: &Artifacts) -> Result<Vec<Figure>> {
         guest.power_off()?;
     }
     Ok(figures)
+}
+
+/// KiB of the VMM's private memory beside guest RAM, which is the only mapping of that size, and the files that are the guest's memory. Clean pages of
+/// shared libraries are private only because nothing else on the emulated host uses them (its shell is linked statically).
+fn private_memory(host: &Host) -> Result<f64> {
+    let text = host.sh(
+        "awk '/^[0-9a-f]+-/ {ram = /bench[.]pmem/; library = /[.]so/} /^Size:/ {ram = ram || $2 >= 131072} \
+         /^Private/ {if (!ram && !(library && /Clean/)) s += $2} END {print s}' /proc/$(pidof dormouse)/smaps",
+    )?;
+    Ok(text.trim().parse::<f64>().unwrap_or(f64::MAX))
 }
 
 /// Times that a thread of the VMM other than a vCPU was scheduled in ten seconds of an idle guest.
