@@ -89,6 +89,7 @@ const LONG: &[&str] = &[
     "a_rate_limit_and_a_group_slow_disks_down",
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
     "an_idle_guest_with_disks_wakes_no_thread_of_the_vmm",
+    "idle_consoles_and_sockets_wake_nothing",
 ];
 
 /// Whether `--short` leaves a scenario out.
