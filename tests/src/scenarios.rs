@@ -100,6 +100,7 @@ const LONG: &[&str] = &[
     "a_zone_is_plugged_in_its_own_node",
     "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
     "an_assigned_drive_reaches_what_is_plugged_and_no_more_is_pinned",
+    "idle_consoles_and_sockets_wake_nothing",
 ];
 
 /// Whether `--short` leaves a scenario out.

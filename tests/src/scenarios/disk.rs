@@ -335,7 +335,7 @@ fn sigkill(case: &Case<'_>) -> Result<()> {
         // Each block says its number, and the console says so when it is flushed.
         guest.sh(
             "(n=0; while [ $n -lt 4000 ]; do n=$((n+1)); \
-             printf '%07d\\n' $n | dd of=/dev/vda bs=4096 seek=$n conv=notrunc,fsync,sync 2>/dev/null && echo $n >/run/flushed; \
+             printf '%07d\\n' $n | dd of=/dev/vda bs=4096 seek=$n conv=notrunc,fsync,sync 2>/dev/null && echo $n >/run/last && mv /run/last /run/flushed; \
              done) </dev/null >/dev/null 2>&1 &",
         )?;
         wait_for("some blocks are flushed", SOON, || {
