@@ -187,7 +187,7 @@ struct Run {
     #[arg(long, value_name = "path=PATH|fd=N")]
     event_monitor: Option<String>,
     /// Go on from a snapshot: source_url=file:///DIRECTORY,resume=off,prefault=off,memory_restore_mode=copy|ondemand,
-    /// net_fds=[ID@[FD..]..],zone_updates=[ZONE@NODE..]
+    /// net_fds=[ID@[FD..]..],zone_updates=[..]
     #[arg(long, value_name = "KEYS")]
     restore: Option<String>,
     /// Stay when the guest has switched itself off, and wait for orders

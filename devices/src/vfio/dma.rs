@@ -2,7 +2,7 @@
 //!
 //! All of guest RAM is mapped before the guest has it and stays so until it ends: a map can then not fail in the
 //! guest's hands, and nothing is unmapped while a function with an address translation cache is asleep. Memory that the guest plugs and
-//! unplugs is mapped in blocks, which are plugged ones only ([`BlockMaps`]).
+//! unplugs is mapped in blocks, which are plugged ones only (`BlockMaps`).
 #![allow(unsafe_code)] // DMA maps hand host addresses to the kernel.
 
 use std::io;

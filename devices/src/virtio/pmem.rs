@@ -1,7 +1,7 @@
 //! Persistent memory (VIRTIO 1.2, section 5.19): a file of the host in the guest's address space, and one queue of flushes.
 //!
 //! The memory stands beside guest RAM and is no part of it: no device reaches it, neither assigned ones by DMA nor the VMM's own through their
-//! queues. A file can lose pages at any time, and only a vCPU that runs into that can be helped; see [`file`].
+//! queues. A file can lose pages at any time, and only a vCPU that runs into that can be helped; see [`mod@file`].
 
 pub mod file;
 pub mod guard;

@@ -83,7 +83,7 @@ impl Model {
         let offset = address.wrapping_sub(START);
         let first = usize::try_from(offset / BLOCK_MIN).expect("64 bits");
         let end = first + usize::from(count);
-        let inside = address >= START && offset % BLOCK_MIN == 0 && count > 0 && end <= BLOCKS;
+        let inside = address >= START && offset.is_multiple_of(BLOCK_MIN) && count > 0 && end <= BLOCKS;
         if !inside || kind > 3 {
             return (3, 0);
         }

@@ -8,6 +8,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{MachineState, SnapshotError};
 use crate::config::{VmConfig, from_json};
@@ -118,19 +119,14 @@ impl Directory {
 
     /// The state.
     pub fn state(&self) -> Result<MachineState, SnapshotError> {
-        #[derive(Deserialize)]
-        struct Head {
-            format: Option<u32>,
-            version: Option<String>,
+        // Null means something here.
+        let state: Value = self.read_json(STATE, |text| serde_json::from_slice(text))?;
+        if state.get("format").and_then(Value::as_u64) != Some(FORMAT.into()) {
+            let version = state.get("version").and_then(Value::as_str).unwrap_or("another program");
+            return Err(SnapshotError::Format { path: self.0.join(STATE), version: version.to_owned() });
         }
-        let head: Head = self.read_json(STATE, |text| serde_json::from_slice(text))?;
-        if head.format != Some(FORMAT) {
-            return Err(SnapshotError::Format {
-                path: self.0.join(STATE),
-                version: head.version.unwrap_or_else(|| "another program".to_owned()),
-            });
-        }
-        let file: StateFile<MachineState> = self.read_json(STATE, |text| serde_json::from_slice(text))?;
+        let wrong = |source| SnapshotError::Unreadable { path: self.0.join(STATE), source };
+        let file: StateFile<MachineState> = serde_json::from_value(state).map_err(wrong)?;
         Ok(file.machine)
     }
 
