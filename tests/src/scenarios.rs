@@ -100,7 +100,21 @@ const LONG: &[&str] = &[
     "a_zone_is_plugged_in_its_own_node",
     "a_guest_of_96_pci_segments_finds_a_device_in_the_last",
     "an_assigned_drive_reaches_what_is_plugged_and_no_more_is_pinned",
-    "idle_consoles_and_sockets_wake_nothing",
+    "memory_is_plugged_and_unplugged_and_plugged_again_after_a_reboot",
+    "a_file_is_memory_of_the_guest_and_keeps_what_it_flushes",
+    "an_added_device_stays_in_its_place_when_the_guest_reboots",
+    "storm_of_reads_by_the_host_ends_with_the_device_asleep",
+    "operator_wakes_a_device_and_keeps_it_awake_and_lets_it_sleep_with_ctl",
+    "sleeping_device_that_is_watched_every_second_stays_in_d3cold",
+    "ten_thousand_calls_leave_a_sleeping_device_asleep",
+    "a_machine_that_has_grown_goes_on_as_large_as_it_was",
+    "a_machine_with_an_assigned_device_is_not_saved_until_that_is_removed",
+    "virtual_functions_made_while_the_device_sleeps_keep_it_awake_until_they_go",
+    "device_that_the_host_removes_is_let_go_when_the_vm_ends",
+    "partner_that_the_host_keeps_awake_keeps_the_power_on_and_the_guest_unharmed",
+    "a_disk_belongs_to_one_vm_unless_all_only_read_it",
+    "reboot_and_shutdown_by_api_with_a_device_asleep_give_it_back_working",
+    "a_guest_with_every_device_attached_wakes_no_thread_of_the_vmm",
 ];
 
 /// Whether `--short` leaves a scenario out.
