@@ -55,7 +55,10 @@ const TABLE: &[Row] = &[
                                            [(404, Nothing), (404, Created), (404, Running), (404, Paused)]),
     ("PUT", "vm.power-reset",   r#"{"id":"none"}"#,
                                            [(404, Nothing), (404, Created), (404, Running), (404, Paused)]),
-    ("PUT", "vm.snapshot",      r#"{"destination_url":"file:///tmp"}"#,
+    // Where nothing can be written.
+    ("PUT", "vm.snapshot",      r#"{"destination_url":"file:///proc/none"}"#,
+                                           [(500, Nothing), (500, Created), (500, Running), (500, Paused)]),
+    ("PUT", "vm.restore",       r#"{"source_url":"file:///proc/none"}"#,
                                            [(500, Nothing), (500, Created), (500, Running), (500, Paused)]),
 ];
 
