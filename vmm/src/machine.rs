@@ -161,6 +161,12 @@ pub struct Lifetime {
     pub(crate) hotplug: bool,
 }
 
+/// What a guest begins with: something to boot, or what was saved of it.
+enum Origin<'a, B> {
+    Boot(B),
+    Saved(&'a Saved),
+}
+
 /// A machine that is ready to run. Fields are dropped in their order.
 pub struct Machine {
     pub(crate) vcpus: Vec<(u16, kvm_ioctls::VcpuFd)>,
@@ -191,7 +197,10 @@ impl Machine {
         saved: Option<&Saved>,
     ) -> Result<Self, MachineError> {
         // What can be wrong without a guest is found out before any device is touched.
-        let images = if saved.is_none() { Some(open_images(config)?) } else { None };
+        let origin = match saved {
+            Some(saved) => Origin::Saved(saved),
+            None => Origin::Boot(open_images(config)?),
+        };
         let devices = check_devices(config)?;
         let reserve = Reserve {
             hotplug: lifetime.hotplug,
@@ -205,9 +214,9 @@ impl Machine {
         };
         let mut map = MemoryMap::new(config.memory.boot_size(), processors.phys_bits())?;
         let zones = memory::plan(&config.memory, config.numa.as_deref(), &mut map)?;
-        let is_firmware = match (&images, saved) {
-            (Some(images), _) => images.kernel.is_firmware()?,
-            (None, saved) => saved.is_some_and(|saved| saved.machine.firmware),
+        let is_firmware = match &origin {
+            Origin::Boot(images) => images.kernel.is_firmware()?,
+            Origin::Saved(saved) => saved.machine.firmware,
         };
         if is_firmware {
             map.lower_mmio64();
@@ -234,16 +243,16 @@ impl Machine {
         let memory_slots = memory_slots(&ram, &events, &mut buses)?;
 
         // Before any device is opened, so that a kernel that is none leaves the devices as they were.
-        let loaded = match images {
-            Some(images) => {
+        let origin = match origin {
+            Origin::Boot(images) => {
                 let entry = arch::loader::load(ram.memory(), &map, &images, layout::RSDP)?;
-                Some((images, entry, map.low_ram_end()))
+                Origin::Boot((images, entry, map.low_ram_end()))
             }
-            None => None,
+            Origin::Saved(saved) => {
+                saved.fill(&ram)?;
+                Origin::Saved(saved)
+            }
         };
-        if let Some(saved) = saved {
-            saved.fill(&ram)?;
-        }
 
         let windows = bar_windows(&map, &mut buses)?;
         let around = Surroundings {
@@ -296,8 +305,8 @@ impl Machine {
             ),
             identity: config.platform.clone().unwrap_or_default().identity()?,
         };
-        let vcpus = match (loaded, saved) {
-            (Some((images, mut entry, low_ram_end)), _) => {
+        let vcpus = match origin {
+            Origin::Boot((images, mut entry, low_ram_end)) => {
                 let rsdp = firmware::write(ram.memory(), &mut map, description)?;
                 if (rsdp, map.low_ram_end()) != (layout::RSDP, low_ram_end) {
                     // The tables have turned out large and took the top of low RAM.
@@ -307,8 +316,7 @@ impl Machine {
                 processors.processors().create(&vm, &entry)?
             }
             // Its tables are in its memory.
-            (None, Some(saved)) => processors.processors().restore(&vm, &saved.machine.vcpus)?,
-            (None, None) => Vec::new(),
+            Origin::Saved(saved) => processors.processors().restore(&vm, &saved.machine.vcpus)?,
         };
         let placement = Placement::new(&config.cpus);
 

@@ -57,14 +57,38 @@ fn info(host: &Host) -> Result<Value> {
     serde_json::from_str(&text).map_err(|e| Error::Check(format!("{text}: {e}")))
 }
 
+/// Writes so much to the assigned drive, and reads it, that memory which has come (`what`) must have been used for it.
+pub(super) fn drive_uses(guest: &Guest<'_>, what: &str) -> Result<()> {
+    const FREE: &str = "grep -A1 'zone *Normal' /proc/zoneinfo";
+    let free = line(&guest.sh(FREE)?, "pages free")?;
+    guest.sh_for("dd if=/dev/urandom of=/run/data bs=1M count=48", COPY)?;
+    guest.sh_for(
+        "dd if=/run/data of=/dev/nvme0n1 bs=1M conv=fsync && echo 3 >/proc/sys/vm/drop_caches",
+        COPY,
+    )?;
+    let sum =
+        |file: &str| guest.sh_for(&format!("dd if={file} bs=1M count=48 2>/dev/null | sha256sum"), COPY);
+    let written = sum("/run/data")?;
+    // What has been read stays in memory as long as somebody has the drive open.
+    let read = guest.sh_for(
+        &format!("exec 3</dev/nvme0n1; dd if=/dev/nvme0n1 bs=1M count=48 2>/dev/null | sha256sum; {FREE}"),
+        COPY,
+    )?;
+    ensure(read.starts_with(&written), || format!("wrote {written}, read {read}"))?;
+    // Both the file and the pages that the drive was read into.
+    let used = free.saturating_sub(line(&read, "pages free")?) * 4 / 1024;
+    ensure(used >= 80, || format!("only {used} MiB of the {what} memory were used"))
+}
+
 /// A number of `/proc/meminfo`, or of another file with the same lines, in KiB.
-fn line(text: &str, name: &str) -> Result<u64> {
+pub(super) fn line(text: &str, name: &str) -> Result<u64> {
     let line = text.lines().find_map(|line| line.split_once(name).map(|(_, rest)| rest));
     let number = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next()?.parse().ok());
     number.ok_or_else(|| Error::Check(format!("no {name} in {text}")))
 }
 
-fn total(guest: &Guest<'_>) -> Result<u64> {
+/// KiB of memory that the guest counts.
+pub(super) fn total(guest: &Guest<'_>) -> Result<u64> {
     line(&guest.sh("grep MemTotal /proc/meminfo")?, "MemTotal")
 }
 
@@ -135,25 +159,7 @@ fn drive_reaches_added(case: &Case<'_>) -> Result<()> {
     guest.sh("echo online_kernel >/sys/devices/system/memory/auto_online_blocks")?;
     ctl(host, "resize --memory 896M")?;
     online(&guest, "online_kernel", before, 512)?;
-    const FREE: &str = "grep -A1 'zone *Normal' /proc/zoneinfo";
-    let free = line(&guest.sh(FREE)?, "pages free")?;
-    guest.sh_for("dd if=/dev/urandom of=/run/data bs=1M count=48", COPY)?;
-    guest.sh_for(
-        "dd if=/run/data of=/dev/nvme0n1 bs=1M conv=fsync && echo 3 >/proc/sys/vm/drop_caches",
-        COPY,
-    )?;
-    let sum =
-        |file: &str| guest.sh_for(&format!("dd if={file} bs=1M count=48 2>/dev/null | sha256sum"), COPY);
-    let written = sum("/run/data")?;
-    // What has been read stays in memory as long as somebody has the drive open.
-    let read = guest.sh_for(
-        &format!("exec 3</dev/nvme0n1; dd if=/dev/nvme0n1 bs=1M count=48 2>/dev/null | sha256sum; {FREE}"),
-        COPY,
-    )?;
-    ensure(read.starts_with(&written), || format!("wrote {written}, read {read}"))?;
-    // Both the file and the pages that the drive was read into.
-    let used = free.saturating_sub(line(&read, "pages free")?) * 4 / 1024;
-    ensure(used >= 80, || format!("only {used} MiB of the added memory were used"))?;
+    drive_uses(&guest, "added")?;
     guest_is_content(&guest)?;
     guest.power_off()
 }

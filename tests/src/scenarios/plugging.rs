@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::memory::{drive_uses, line, total};
 use super::steps::{FIRST, IDLE, bdf, guest_is_content, unbind, vm, wait_for_drive};
 use super::{NVME, on, scenario, with_old_kernels};
 use crate::error::{Error, Result, ensure};
@@ -61,17 +62,6 @@ fn wait_plugged(host: &Host, device: &str, mib: u64) -> Result<()> {
         let now = plugged(host, device)?;
         Ok(if now == mib * MIB { Ok(()) } else { Err(format!("{} MiB", now / MIB)) })
     })
-}
-
-/// A number of a file like `/proc/meminfo`, in KiB.
-fn line(text: &str, name: &str) -> Result<u64> {
-    let line = text.lines().find_map(|line| line.split_once(name).map(|(_, rest)| rest));
-    let number = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| Error::Check(format!("no {name} in {text}")))
-}
-
-fn total(guest: &Guest<'_>) -> Result<u64> {
-    line(&guest.sh("grep MemTotal /proc/meminfo")?, "MemTotal")
 }
 
 /// Waits until the guest counts what it has plugged, some of which its kernel keeps for itself.
@@ -141,23 +131,7 @@ fn drive_reaches(case: &Case<'_>) -> Result<()> {
     has_more(&guest, before, 512)?;
     let more = of_vmm(host, "VmLck")?;
     ensure(more == pinned + 512 * 1024, || format!("{pinned} KiB were pinned, and {more} KiB are"))?;
-    const FREE: &str = "grep -A1 'zone *Normal' /proc/zoneinfo";
-    let free = line(&guest.sh(FREE)?, "pages free")?;
-    guest.sh_for("dd if=/dev/urandom of=/run/data bs=1M count=48", LONG)?;
-    guest.sh_for(
-        "dd if=/run/data of=/dev/nvme0n1 bs=1M conv=fsync && echo 3 >/proc/sys/vm/drop_caches",
-        LONG,
-    )?;
-    let sum =
-        |file: &str| guest.sh_for(&format!("dd if={file} bs=1M count=48 2>/dev/null | sha256sum"), LONG);
-    let written = sum("/run/data")?;
-    let read = guest.sh_for(
-        &format!("exec 3</dev/nvme0n1; dd if=/dev/nvme0n1 bs=1M count=48 2>/dev/null | sha256sum; {FREE}"),
-        LONG,
-    )?;
-    ensure(read.starts_with(&written), || format!("wrote {written}, read {read}"))?;
-    let used = free.saturating_sub(line(&read, "pages free")?) * 4 / 1024;
-    ensure(used >= 80, || format!("only {used} MiB of the plugged memory were used"))?;
+    drive_uses(&guest, "plugged")?;
     // More is plugged while it has no power, which it does not need for that.
     unbind(&guest, FIRST)?;
     host.wait_power_state(&bdf(NVME), "D3cold", IDLE)?;

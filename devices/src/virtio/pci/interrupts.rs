@@ -38,13 +38,6 @@ pub struct InterruptState {
     stopped: bool,
 }
 
-impl InterruptState {
-    /// Whether the device had stopped.
-    pub(super) fn has_stopped(&self) -> bool {
-        self.stopped
-    }
-}
-
 /// The interrupts of one function.
 pub struct PciInterrupts {
     name: String,

@@ -72,7 +72,7 @@ impl VirtioPci {
         self.device.restore(&state.device)?;
         inner.paused = true;
         inner.restored = true;
-        if let Some(mut positions) = state.positions.filter(|_| !state.interrupts.has_stopped()) {
+        if let Some(mut positions) = state.positions.filter(|_| !self.interrupts.has_stopped()) {
             positions.resize(inner.common.queues(), RingPosition::START);
             self.activate_at(&mut inner, &positions).map_err(|e| e.to_string())?;
         }
