@@ -16,6 +16,7 @@ pub mod chain;
 pub mod console;
 pub mod device;
 pub mod discard;
+pub mod life;
 pub mod mem;
 pub mod packed;
 pub mod pci;

@@ -30,6 +30,7 @@ use crate::disks::{DiskUnit, Groups, make_disk};
 use crate::nets::{NetUnitError, make_net};
 use crate::panic_events::PanicTeller;
 use crate::vhost_user;
+use crate::virtio_events::{Allowance, LifeTeller};
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +116,8 @@ pub struct Unit {
     pub place: Option<u8>,
     /// What it is.
     pub model: Model,
+    /// How much its guest may have told of it.
+    pub news: Arc<Allowance>,
 }
 
 impl Unit {
@@ -178,6 +181,7 @@ impl Unit {
             window: Arc::clone(&around.windows.mmio64),
             msi: message_vectors(around),
             doorbells: Arc::clone(&around.doorbells),
+            life: Arc::new(LifeTeller::new(&self.id, around.events.clone(), Arc::clone(&self.news))),
         };
         let wrong = |source| EmulatedError::Virtio { id: self.id.clone(), source };
         Ok(VirtioPci::new(spec).map_err(wrong)?)
@@ -264,7 +268,10 @@ pub fn make_units(config: &VmConfig, present: &[Unit], shared: &Shared) -> Resul
         let is_new = !present.iter().any(|unit| unit.id == id);
         is_new.then_some((id, (pci.pci_segment, pci.pci_device_id), make))
     });
-    new.map(|(id, (segment, place), make)| Ok(Unit { model: make(&id)?, id, segment, place })).collect()
+    new.map(|(id, (segment, place), make)| {
+        Ok(Unit { model: make(&id)?, id, segment, place, news: Arc::default() })
+    })
+    .collect()
 }
 
 #[cfg(test)]

@@ -49,6 +49,7 @@ mod table;
 mod top;
 mod vcpu;
 mod vhost_user;
+mod virtio_events;
 mod vm_error;
 
 use std::error::Error;

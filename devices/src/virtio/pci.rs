@@ -43,6 +43,7 @@ pub use self::doorbells::{Doorbell, DoorbellMapper};
 use self::interrupts::PciInterrupts;
 use super::Memory;
 use super::device::{Activation, Active, DeviceError, DeviceType, F_VERSION_1, VirtioDevice};
+use super::life::LifeSink;
 use super::queue::{ActiveQueue, Ring};
 use super::ring::{RingPosition, SharedPosition};
 use crate::emulated::{EmulatedFunction, Saved};
@@ -106,6 +107,8 @@ pub struct VirtioPciSpec {
     pub msi: Arc<dyn MsiAllocator>,
     /// Where its doorbells are.
     pub doorbells: Arc<dyn DoorbellMapper>,
+    /// Who hears when it begins and ends to work.
+    pub life: Arc<dyn LifeSink>,
 }
 
 /// A virtio device as a function of the bus.
@@ -119,6 +122,7 @@ pub struct VirtioPci {
     interrupts: Arc<PciInterrupts>,
     capabilities: Capabilities,
     msix: MsixLayout,
+    life: Arc<dyn LifeSink>,
     this: Weak<Self>,
     inner: Mutex<Inner>,
 }
@@ -148,7 +152,7 @@ impl VirtioPci {
     /// # Errors
     /// See [`VirtioPciError`].
     pub fn new(spec: VirtioPciSpec) -> Result<Arc<Self>, VirtioPciError> {
-        let VirtioPciSpec { name, device, devfn, memory, window, msi, doorbells } = spec;
+        let VirtioPciSpec { name, device, devfn, memory, window, msi, doorbells, life } = spec;
         let sizes = device.queue_sizes();
         let queues = u16::try_from(sizes.len()).ok().filter(|queues| *queues < QUEUES_MAX);
         let queues = queues.ok_or(VirtioPciError::Queues(sizes.len()))?;
@@ -182,6 +186,7 @@ impl VirtioPci {
             interrupts,
             capabilities,
             msix,
+            life,
             this: Weak::clone(this),
             inner: Mutex::new(Inner {
                 config,
@@ -267,13 +272,16 @@ impl VirtioPci {
         if !inner.resetting || inner.active.as_ref().is_some_and(|active| !active.wait_stopped(patience)) {
             return;
         }
-        inner.active = None;
+        let was_active = inner.active.take().is_some();
         inner.doorbells.disconnect();
         inner.doorbells.forget();
         inner.positions.clear();
         inner.common.reset();
         self.interrupts.reset();
         inner.resetting = false;
+        if was_active {
+            self.life.reset();
+        }
     }
 
     fn activate(&self, inner: &mut Inner) -> Result<(), DeviceError> {
@@ -317,6 +325,7 @@ impl VirtioPci {
         }
         inner.active = Some(active);
         self.connect_doorbells(inner);
+        self.life.activated();
         debug!("device {}: active, features {:#x}", self.name, inner.common.negotiated());
         Ok(())
     }

@@ -284,6 +284,33 @@ fn idle(case: &Case<'_>) -> Result<()> {
     Ok(())
 }
 
+/// How often the event monitor has said that a device was activated, and that it was reset.
+pub fn life_events(host: &Host, events: &str, id: &str) -> Result<(usize, usize)> {
+    let text = host.sh(&format!("cat {events}"))?;
+    let of_it: Vec<serde_json::Value> = text
+        .split("\n\n")
+        .filter_map(|part| serde_json::from_str(part).ok())
+        .filter(|event: &serde_json::Value| {
+            event["source"] == "virtio-device" && event["properties"]["id"] == id
+        })
+        .collect();
+    let count = |what: &str| of_it.iter().filter(|event| event["event"] == what).count();
+    let (activated, reset) = (count("activated"), count("reset"));
+    ensure(activated + reset == of_it.len(), || format!("{id} has other events: {of_it:?}"))?;
+    Ok((activated, reset))
+}
+
+/// Each device with a driver has begun and was reset so often.
+fn life_is_told(host: &Host, activated: usize, reset: usize) -> Result<()> {
+    for id in
+        ["_disk0", "_disk1", "_disk2", "_net0", "_net1", "_fs0", "_vsock0", "__console", "__balloon", "__rng"]
+    {
+        let told = life_events(host, EVENTS, id)?;
+        ensure(told == (activated, reset), || format!("{id}: activated and reset {told:?} times"))?;
+    }
+    Ok(())
+}
+
 fn rebind(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
@@ -308,6 +335,7 @@ fn rebind(case: &Case<'_>) -> Result<()> {
         use_all(host, &guest)?;
         use_console(host, &guest, &format!("round {round}"))?;
     }
+    life_is_told(host, 4, 3)?;
     let log = guest.log()?;
     ensure(!log.contains("has stopped until"), || format!("a device has stopped: {log}"))?;
     guest_is_content(&guest)?;

@@ -1,8 +1,9 @@
 //! Drivers that break the rings of every kind of device, in a guest whose other devices work meanwhile and whose own driver has the device back
 //! afterwards.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::everything::life_events;
 use super::scenario;
 use super::steps::guest_is_content;
 use super::virtio::{draws, function, functions, without_driver};
@@ -14,13 +15,17 @@ use crate::runner::{Case, Scenario};
 
 /// For what takes long in an emulated machine.
 const LONG: Duration = Duration::from_secs(120);
-/// Where the VMM answers.
+/// Where the VMM answers, and its events.
 const API: &str = "/run/rings.sock";
+const EVENTS: &str = "/run/rings.events";
 /// The socket device's socket, and images of disks.
 const SOCKET: &str = "/run/rings.vsock";
 const PLACE: &str = "/run/rings";
 /// Lines that the log has of one device at most in ten seconds, whatever the guest does.
 const LOG_LIMIT: usize = 20;
+/// Events of one device that may come at once, and seconds until there may be one more.
+const EVENTS_AT_ONCE: usize = 20;
+const EVENT_PERIOD: u64 = 5;
 /// Addresses of host and guest, one network for each device.
 const NETS: [(&str, &str, &str); 2] =
     [("rings0", "10.8.0.1", "10.8.0.2"), ("rings1", "10.8.1.1", "10.8.1.2")];
@@ -42,8 +47,9 @@ pub fn table() -> Vec<Scenario> {
 }
 
 fn spec(case: &Case<'_>, options: &str) -> VmSpec {
-    let mut spec =
-        VmSpec::new(case.guest).cmdline("iomem=relaxed").options(&format!("--api-socket {API} {options}"));
+    let mut spec = VmSpec::new(case.guest)
+        .cmdline("iomem=relaxed")
+        .options(&format!("--api-socket {API} --event-monitor path={EVENTS} {options}"));
     spec.modules = vec![
         "virtio_pci",
         "virtio_rng",
@@ -92,14 +98,29 @@ fn vm_lives(host: &Host, guest: &Guest<'_>) -> Result<()> {
     draws(guest)
 }
 
+/// A device that its guest starts and resets without end is told of some times at once, then seldom, and the log says so once.
+fn is_told_seldom(host: &Host, guest: &Guest<'_>, name: &str, since: Instant) -> Result<()> {
+    let (activated, reset) = life_events(host, EVENTS, name)?;
+    let most = EVENTS_AT_ONCE + usize::try_from(since.elapsed().as_secs() / EVENT_PERIOD).unwrap_or(0) + 1;
+    ensure((EVENTS_AT_ONCE..=most).contains(&(activated + reset)), || {
+        format!("{name}: {activated} activated and {reset} reset are told, at most {most} are right")
+    })?;
+    let about = format!("device {name}: the guest starts and resets it again and again");
+    let lines = guest.log()?.lines().filter(|line| line.contains(&about)).count();
+    ensure(lines == 1, || format!("{name}: {lines} lines in the log"))
+}
+
 fn small_devices(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let options =
         format!("--balloon size=0 --console file=/run/rings.said --vsock cid=9,socket={SOCKET} --watchdog");
+    host.sh(&format!("rm -f {EVENTS}"))?;
+    let started = Instant::now();
     let guest = host.start_vm(&spec(case, &options))?;
 
     break_and_rebind(&guest, "__rng", &function(&guest, RNG)?, &[0])?;
     vm_lives(host, &guest)?;
+    is_told_seldom(host, &guest, "__rng", started)?;
 
     break_and_rebind(&guest, "__balloon", &function(&guest, BALLOON)?, &[0, 1])?;
     let balloon = |bytes: u64, left: &str| -> Result<()> {
@@ -144,7 +165,7 @@ fn small_devices(case: &Case<'_>) -> Result<()> {
     vm_lives(host, &guest)?;
     guest_is_content(&guest)?;
     guest.power_off()?;
-    host.sh("rm -f /run/rings.said").map(drop)
+    host.sh(&format!("rm -f /run/rings.said {EVENTS}")).map(drop)
 }
 
 /// Writes noise to a disk and reads it back past the cache.

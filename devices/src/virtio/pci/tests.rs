@@ -24,11 +24,32 @@ impl DoorbellMapper for NoDoorbells {
     }
 }
 
+/// What the operator is told, in its order.
+#[derive(Debug, Default)]
+struct News(Mutex<Vec<&'static str>>);
+
+impl News {
+    fn take(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
+
+impl LifeSink for News {
+    fn activated(&self) {
+        self.0.lock().unwrap().push("activated");
+    }
+
+    fn reset(&self) {
+        self.0.lock().unwrap().push("reset");
+    }
+}
+
 struct Bench {
     function: Arc<VirtioPci>,
     memory: Memory,
     msi: Arc<FakeAllocator>,
     window: Arc<BarWindow>,
+    news: Arc<News>,
 }
 
 impl Bench {
@@ -44,6 +65,7 @@ impl Bench {
     fn bare(memory: Memory) -> Self {
         let msi = FakeAllocator::new();
         let window = Arc::new(BarWindow::new(AT, 1 << 20).unwrap());
+        let news = Arc::<News>::default();
         let function = VirtioPci::new(VirtioPciSpec {
             name: "rng".to_owned(),
             device: Arc::new(Rng::new("rng", "/dev/urandom".as_ref()).unwrap()),
@@ -52,9 +74,10 @@ impl Bench {
             window: Arc::clone(&window),
             msi: msi.clone(),
             doorbells: Arc::new(NoDoorbells),
+            life: Arc::clone(&news) as _,
         })
         .unwrap();
-        Self { function, memory, msi, window }
+        Self { function, memory, msi, window, news }
     }
 
     fn put(&self, offset: u64, data: &[u8]) {
@@ -238,6 +261,44 @@ fn registers_answer_any_access_and_those_of_no_queue_read_zero() {
         bench.function.config_write(offset, &[0xff]);
         bench.function.config_read(offset, &mut [0]);
     }
+}
+
+#[test]
+fn the_operator_hears_when_the_device_begins_and_when_it_is_reset_and_of_nothing_else() {
+    let bench = Bench::new();
+    bench.put(20, &[0]);
+    bench.negotiate(F_VERSION_1);
+    bench.put(20, &[0]);
+    assert_eq!(bench.news.take(), [""; 0], "a reset of what was not active");
+    let _queue = bench.start(SPLIT);
+    assert_eq!(bench.news.take(), ["activated"]);
+    bench.ready();
+    assert_eq!(bench.news.take(), [""; 0], "it is active already");
+    bench.put(20, &[0]);
+    bench.put(20, &[0]);
+    assert_eq!(bench.news.take(), ["reset"]);
+    // What cannot begin does not: this ring is nowhere.
+    bench.negotiate(F_VERSION_1);
+    let layout = DriverQueue::new(&bench.memory, BASE, 16, SPLIT);
+    bench.set_queue(&layout);
+    bench.put(36, &[0xff, 0xff, 0xff, 0]);
+    bench.ready();
+    assert_ne!(bench.status() & NEEDS_RESET, 0);
+    bench.put(20, &[0]);
+    assert_eq!(bench.news.take(), [""; 0]);
+    let _queue = bench.start(PACKED);
+    bench.function.shutdown();
+    assert_eq!(bench.news.take(), ["activated"], "the end of the machine is no reset");
+}
+
+#[test]
+fn a_device_that_is_restored_at_work_is_active_again() {
+    let first = Bench::new();
+    let _queue = first.start(SPLIT);
+    first.function.pause();
+    let second = Bench::bare(first.memory.clone());
+    second.function.restore(&first.function.save().unwrap()).unwrap();
+    assert_eq!(second.news.take(), ["activated"]);
 }
 
 #[test]
