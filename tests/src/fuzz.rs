@@ -20,11 +20,12 @@ use crate::paths;
 use crate::runner::Tally;
 
 /// The targets: files in `tests/fuzz/fuzz_targets`.
-const TARGETS: [&str; 11] = [
+const TARGETS: [&str; 12] = [
     "bar_moves",
     "msix_table",
     "notify_registers",
     "pm_config_shadow",
+    "vhost_user",
     "virtio_blk",
     "virtio_console",
     "virtio_mem",

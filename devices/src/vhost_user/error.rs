@@ -48,6 +48,14 @@ pub enum VhostUserError {
         /// What came.
         source: vhost::Error,
     },
+    /// What came is no answer.
+    #[error("the vhost-user backend does not do what it should ({what}): {source}; see its own messages")]
+    Answer {
+        /// What was asked.
+        what: &'static str,
+        /// What came.
+        source: io::Error,
+    },
     /// No answer.
     #[error("the vhost-user backend did not answer in {} s ({what}); it hangs, or is overloaded", limit.as_secs())]
     Silent {

@@ -117,7 +117,11 @@ impl Link {
     /// The device's configuration, of the first of `sizes` that the backend has.
     pub(super) fn config(&mut self, sizes: &[u32]) -> Result<Option<Vec<u8>>, VhostUserError> {
         let read = |size: &u32| config_space::read(&self.stream, *size).transpose();
-        sizes.iter().find_map(read).transpose().map_err(VhostUserError::host("reading its configuration"))
+        sizes
+            .iter()
+            .find_map(read)
+            .transpose()
+            .map_err(|source| VhostUserError::Answer { what: "GET_CONFIG", source })
     }
 
     /// Writes to the device's configuration.
