@@ -37,6 +37,7 @@ mod snapshot;
 mod sockets;
 pub mod steps;
 mod tables;
+mod vhost_rings;
 mod vhost_user;
 mod virtio;
 
@@ -90,6 +91,8 @@ const LONG: &[&str] = &[
     "a_tap_that_is_removed_cuts_the_guests_link_and_no_more",
     "a_rate_limit_of_a_network_device_holds",
     "a_network_behind_a_vhost_user_backend_carries_files",
+    "malformed_rings_of_a_vhost_user_disk_harm_nothing_else",
+    "malformed_rings_of_a_shared_directory_harm_nothing_else",
     "a_full_host_file_system_is_an_io_error_in_the_guest",
     "a_rate_limit_and_a_group_slow_disks_down",
     "what_a_guest_has_flushed_survives_the_death_of_the_vmm",
@@ -161,6 +164,7 @@ pub fn all() -> Vec<Scenario> {
         sockets::table(),
         snapshot::table(),
         vhost_user::table(),
+        vhost_rings::table(),
         pmem::table(),
         plugging::table(),
     ]

@@ -17,6 +17,7 @@
 //! - `guest_tool disk ...`: accesses to a disk, for measuring; see [`disk`].
 //! - `guest_tool vsock ...`: sockets to the host; see [`vsock`].
 //! - `guest_tool break-rings BDF QUEUE [survive]`: a virtio driver that does all that it must not; see [`virtio`]. With `survive` the device need not notice.
+//! - `guest_tool break-rings BDF QUEUE hold WAY SECONDS`: breaks a ring in one of these ways and leaves it so for so long.
 //! - `guest_tool watchdog BDF COUNT`: gives the virtio watchdog COUNT signs of life, one a second, and then none.
 //! - `guest_tool records write DISK`, `guest_tool records check IMAGE N`: whether a disk keeps what was flushed; see
 //!   [`records`].
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         ["vsock", rest @ ..] => vsock::run(rest),
         ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue, false),
         ["break-rings", bdf, queue, "survive"] => virtio::break_rings(bdf, queue, true),
+        ["break-rings", bdf, queue, "hold", way, seconds] => virtio::hold_broken(bdf, queue, way, seconds),
         ["watchdog", bdf, count] => virtio::watchdog(bdf, count),
         ["records", "write", disk] => records::write(disk),
         ["records", "check", image, flushed] => records::check(image, flushed),

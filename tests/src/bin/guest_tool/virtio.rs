@@ -30,7 +30,8 @@ const COMMAND: u64 = 4;
 const DECODE: u16 = 6;
 /// An address with no memory behind it: that of the local APICs.
 const NOWHERE: u64 = 0xfee0_0000;
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Longer than the VMM waits for another process that does not answer, twice.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A page that stays where it is.
 struct Page {
@@ -428,6 +429,27 @@ impl Queue {
         change(device, self);
         device.set(28, 1_u16);
     }
+}
+
+/// Breaks queue `queue` in one way and leaves it so for `seconds`; then the device is reset.
+pub fn hold_broken(bdf: &str, queue: &str, way: &str, seconds: &str) -> io::Result<()> {
+    let number = u16::try_from(number(queue)?).map_err(io::Error::other)?;
+    let (_, offence) = OFFENCES
+        .iter()
+        .find(|(name, _)| *name == way)
+        .ok_or_else(|| io::Error::other(format!("{way} is none of the ways to break a ring")))?;
+    let device = Device::open(bdf)?;
+    device.negotiate()?;
+    let mut queue = Queue::new(number)?;
+    let _others = queue.enable(&device)?;
+    device.ready();
+    offence(&device, &mut queue);
+    device.ring(number);
+    println!("broken");
+    thread::sleep(Duration::from_secs(super::number(seconds)?));
+    device.reset()?;
+    println!("reset");
+    Ok(())
 }
 
 /// Gives the watchdog a sign of life every second, `count` times, and none after that.
