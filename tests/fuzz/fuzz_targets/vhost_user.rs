@@ -7,7 +7,8 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -23,6 +24,8 @@ use devices::virtio::device::{Active, DeviceType, VirtioDevice};
 use devices::virtio::ring::RingFeatures;
 use devices::virtio::testing::{DriverQueue, Interrupts, activation};
 use libfuzzer_sys::fuzz_target;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
@@ -50,6 +53,8 @@ const MESSAGE_MAX: usize = 8192;
 /// Descriptors with a message. With more the message counts as not received, as if the backend hung: that takes the time that it is given to answer.
 const FILES_MAX: usize = 32;
 const QUEUE_SIZE: u16 = 16;
+/// The most address space that the process may have: stacks of its threads for the greatest part.
+const ADDRESS_SPACE: u64 = 2 << 30;
 /// Longer than anything may take, and shorter than what counts as an input without an end.
 const LONG: Duration = Duration::from_secs(8);
 
@@ -173,7 +178,7 @@ impl Backend {
     /// Takes one request and answers it; `None` at the end of the connection.
     fn answer(&self, mut stream: &UnixStream, channel: &mut Option<UnixStream>) -> Option<()> {
         let mut header = [0; HEADER];
-        let (count, file) = stream.recv_with_fd(&mut header).ok().filter(|(count, _)| *count > 0)?;
+        let (count, fd) = receive(stream, &mut header).filter(|(count, _)| *count > 0)?;
         stream.read_exact(&mut header[count..]).ok()?;
         let word =
             |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -182,7 +187,7 @@ impl Backend {
         let mut body = vec![0; size];
         stream.read_exact(&mut body).ok()?;
         if request == SET_BACKEND_REQ_FD {
-            *channel = file.map(|file| UnixStream::from(OwnedFd::from(file)));
+            *channel = fd.map(UnixStream::from);
         }
         let honest = self.honest.load(Ordering::Relaxed);
         if honest && request == SET_VRING_KICK {
@@ -197,9 +202,10 @@ impl Backend {
                 stream.write_all(&right(Some(value | needed))).ok()
             }
             Answer::Odd { request: other, flags, size, bytes } => {
-                // As often as not it is one of what was asked.
+                // As often as not it is an answer to what was asked.
                 let code = if other & 1 == 0 { request } else { u32::from(other) };
-                let _ = stream.write_all(&message(code, u32::from(flags), size, usize::from(bytes)));
+                let flags = if flags & 1 == 0 { VERSION | REPLY } else { flags.into() };
+                let _ = stream.write_all(&message(code, flags, size, usize::from(bytes)));
                 None
             }
             Answer::Cut { bytes } => {
@@ -231,6 +237,19 @@ impl Backend {
             }
         }
     }
+}
+
+/// Bytes, and a descriptor that came with them, if any.
+fn receive(stream: &UnixStream, bytes: &mut [u8]) -> Option<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let parts = &mut [IoSliceMut::new(bytes)];
+    let count = recvmsg(stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?.bytes;
+    let fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    Some((count, fds.flatten().last()))
 }
 
 /// A header and so many bytes behind it, which `size` may not tell.
@@ -408,7 +427,12 @@ fn serves_again(device: &VhostUser, backend: &Backend) {
 fn run(input: &Input) {
     static QUIET: Once = Once::new();
     // As in a program with Rust's own `main`: who writes to a socket without an end hears of it by an error.
-    QUIET.call_once(|| vmm_sys_util::signal::block_signal(libc::SIGPIPE).expect("a signal"));
+    QUIET.call_once(|| {
+        vmm_sys_util::signal::block_signal(libc::SIGPIPE).expect("a signal");
+        // A length that the backend makes up must not become memory, not even memory that nobody touches.
+        let limit = Rlimit { current: Some(ADDRESS_SPACE), maximum: Some(ADDRESS_SPACE) };
+        setrlimit(Resource::As, limit).expect("a limit");
+    });
     let directory = TempDir::new().expect("a directory");
     let socket = directory.as_path().join("socket");
     let listener = UnixListener::bind(&socket).expect("a socket");
@@ -416,7 +440,7 @@ fn run(input: &Input) {
     for step in &input.moves {
         match step {
             Move::Backend(answer) => answers.push_back(answer.clone()),
-            Move::Honest { times } => answers.extend(vec![Answer::Right; usize::from(times % 16)]),
+            Move::Honest { times } => answers.extend(vec![Answer::Right; usize::from(times % 4)]),
             Move::Driver(_) => {}
         }
     }
