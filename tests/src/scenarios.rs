@@ -11,6 +11,7 @@ mod cpus;
 mod debian;
 mod disk;
 mod disk_faults;
+mod disk_kinds;
 mod doctor;
 mod endings;
 mod endurance;
@@ -21,7 +22,9 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod huge_pages;
 mod kata;
+mod kexec;
 mod memory;
 mod net;
 mod nic;
@@ -31,6 +34,7 @@ mod plugging;
 mod pmem;
 mod recovery;
 mod rings;
+mod saved;
 mod segments;
 mod slots;
 mod snapshot;
@@ -137,6 +141,8 @@ pub fn all() -> Vec<Scenario> {
         everything::table(),
         come_and_go::table(),
         disk_faults::table(),
+        disk_kinds::table(),
+        kexec::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
@@ -144,6 +150,7 @@ pub fn all() -> Vec<Scenario> {
         guest_view::table(),
         nvme::table(),
         memory::table(),
+        huge_pages::table(),
         hostile::table(),
         hotplug::table(),
         segments::table(),
@@ -160,6 +167,7 @@ pub fn all() -> Vec<Scenario> {
         disk::table(),
         sockets::table(),
         snapshot::table(),
+        saved::table(),
         vhost_user::table(),
         pmem::table(),
         plugging::table(),

@@ -138,6 +138,8 @@ struct Inner {
     /// The driver has asked for a reset, and the device has not stopped yet.
     resetting: bool,
     paused: bool,
+    /// The guest has taken bus mastering from the active device.
+    held: bool,
     /// It was restored, and the driver may wait for what was signalled and not heard.
     restored: bool,
 }
@@ -195,6 +197,7 @@ impl VirtioPci {
                 active: None,
                 resetting: false,
                 paused: false,
+                held: false,
                 restored: false,
             }),
         }))
@@ -211,9 +214,7 @@ impl VirtioPci {
 
     /// Brings what is decoded in step with the registers.
     fn decode(&self, inner: &mut Inner) {
-        let mut command = [0; 2];
-        inner.config.read(u16::try_from(regs::COMMAND).unwrap_or(4), &mut command);
-        let command = u16::from_le_bytes(command);
+        let command = inner.config.registers().u16(regs::COMMAND);
         let decodes = inner.pm.state() == DState::D0;
         let wanted = inner.bars.decoded(command).next().filter(|_| decodes);
         if inner.placement.as_ref().map(|(bar, _)| *bar) == wanted {
@@ -230,6 +231,22 @@ impl VirtioPci {
             }
             // A sizing pattern left in the BAR, or a guest that means harm.
             Err(e) => debug!("device {}: its BAR is not decoded: {e}", self.name),
+        }
+    }
+
+    /// Keeps the active device from the guest's memory once the guest has cleared Bus Master Enable (PCI 3.0, section 6.2.2), as Linux does before it
+    /// starts another kernel with kexec: what the earlier one offered is no memory for packets any more. It goes on when the bit is set. A driver that
+    /// never sets it is served all the same.
+    fn follow_bus_master(&self, inner: &mut Inner, before: bool) {
+        let now = bus_master(inner);
+        let Some(active) = inner.active.as_ref().filter(|_| before != now && inner.held == now) else {
+            return;
+        };
+        inner.held = !now;
+        if !now {
+            active.hold(RESET_PATIENCE);
+        } else if !inner.paused {
+            active.resume();
         }
     }
 
@@ -274,6 +291,7 @@ impl VirtioPci {
         inner.common.reset();
         self.interrupts.reset();
         inner.resetting = false;
+        inner.held = false;
     }
 
     fn activate(&self, inner: &mut Inner) -> Result<(), DeviceError> {
@@ -414,7 +432,9 @@ impl PciFunction for VirtioPci {
                 self.bar_write_locked(&mut inner, target, data);
             }
         } else {
+            let before = bus_master(&inner);
             inner.config.write(offset, data);
+            self.follow_bus_master(&mut inner, before);
             self.decode(&mut inner);
         }
     }
@@ -465,7 +485,9 @@ impl EmulatedFunction for VirtioPci {
         let mut inner = self.lock();
         inner.paused = false;
         if let Some(active) = &inner.active {
-            active.resume();
+            if !inner.held {
+                active.resume();
+            }
             if inner.restored {
                 self.signal_all(&inner);
             }
@@ -508,6 +530,10 @@ impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.shutdown();
     }
+}
+
+fn bus_master(inner: &Inner) -> bool {
+    inner.config.registers().u16(regs::COMMAND) & regs::COMMAND_BUS_MASTER != 0
 }
 
 /// The class code of a device of this type.

@@ -248,6 +248,13 @@ impl Active for Worker {
         drop(self.shared.changed.wait_while(orders, |orders| !orders.parked && !orders.ended));
     }
 
+    fn hold(&self, limit: Duration) {
+        self.shared.order(Mode::Pause);
+        let orders = self.shared.orders();
+        let busy = |orders: &mut Orders| !orders.parked && !orders.ended;
+        drop(self.shared.changed.wait_timeout_while(orders, limit, busy));
+    }
+
     fn resume(&self) {
         self.shared.order(Mode::Run);
     }
@@ -283,6 +290,14 @@ impl Active for Workers {
         // All at once, then one after the other.
         self.0.iter().for_each(|worker| worker.shared.order(Mode::Pause));
         self.0.iter().for_each(Worker::pause);
+    }
+
+    fn hold(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.0.iter().for_each(|worker| worker.shared.order(Mode::Pause));
+        for worker in &self.0 {
+            worker.hold(deadline.saturating_duration_since(Instant::now()));
+        }
     }
 
     fn resume(&self) {
