@@ -67,6 +67,11 @@ pub trait Interrupt: Debug + Send + Sync {
     /// # Errors
     /// No descriptor is left.
     fn queue_event(&self, index: u16) -> io::Result<EventFd>;
+
+    /// Whether a device that is activated now begins paused, as after [`Active::pause`]: it must not look at its rings before the machine goes on.
+    fn begins_paused(&self) -> bool {
+        false
+    }
 }
 
 /// What a device gets when the driver is ready.

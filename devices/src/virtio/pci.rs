@@ -300,6 +300,7 @@ impl VirtioPci {
     }
 
     fn activate_at(&self, inner: &mut Inner, positions: &[RingPosition]) -> Result<(), DeviceError> {
+        self.interrupts.set_begins_paused(inner.paused);
         let features = inner.common.ring_features();
         let memory = self.memory.memory();
         let mut queues = Vec::new();

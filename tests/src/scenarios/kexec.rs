@@ -31,13 +31,13 @@ fn gpu_sleeps_and_wakes(host: &Host, guest: &Guest<'_>) -> Result<()> {
 fn kexec(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    for file in ["vmlinuz", "initramfs"] {
-        host.sh(&format!("cp {} {SHARED}/{file}", guest_path(KERNEL, file)))?;
-    }
     let guest = host.start_vm(&spec(host, &format!("file={SAID}")))?;
     use_all(host, &guest)?;
     for round in 0..3 {
         gpu_sleeps_and_wakes(host, &guest)?;
+        for file in ["vmlinuz", "initramfs"] {
+            host.sh(&format!("cp {} {SHARED}/{file}", guest_path(KERNEL, file)))?;
+        }
         busy(host, &guest)?;
         // Packets that come when the second kernel has no driver for them yet.
         for (_, _, there, _) in NETS {
@@ -52,7 +52,7 @@ fn kexec(case: &Case<'_>) -> Result<()> {
         let mark = guest.mark();
         guest.begin("guest_tool kexec /mnt/vmlinuz /mnt/initramfs \"$(cat /proc/cmdline)\"")?;
         guest.wait_ready(mark)?;
-        host.sh(&format!("killall yes ping socat 2>/dev/null; rm -f {SHARED}/busy; true"))?;
+        host.sh(&format!("killall yes ping socat 2>/dev/null; rm -f {SHARED}/*; true"))?;
         ctl(host, "resize --balloon 0")?;
         let up = guest.sh("cut -d. -f1 /proc/uptime")?;
         use_all(host, &guest)?;

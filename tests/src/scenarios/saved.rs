@@ -335,10 +335,7 @@ fn link_address(case: &Case<'_>) -> Result<()> {
     // For good, so that there is no looking for another.
     let addresses = || host.sh("cat /sys/class/net/tap0/address /sys/class/net/vmtap0/address");
     let mut known = addresses()?;
-    guest.sh(&format!(
-        "ip neigh replace 10.9.0.1 lladdr {} dev eth0 nud permanent",
-        known.lines().next().unwrap_or_default()
-    ))?;
+    guest.sh(&format!("arp -i eth0 -s 10.9.0.1 {}", known.lines().next().unwrap_or_default()))?;
     let mut from = "one";
     save(host, guest, from)?;
     for to in ["two", "three"] {
