@@ -119,6 +119,12 @@ const LONG: &[&str] = &[
     "a_disk_belongs_to_one_vm_unless_all_only_read_it",
     "reboot_and_shutdown_by_api_with_a_device_asleep_give_it_back_working",
     "a_guest_with_every_device_attached_wakes_no_thread_of_the_vmm",
+    "what_a_guest_has_plugged_goes_on_from_its_snapshot",
+    "what_a_guest_has_plugged_in_a_zone_goes_on_from_its_snapshot",
+    "memory_that_was_added_with_data_in_it_goes_on_from_its_snapshot",
+    "pages_of_1_gib_are_a_guests_memory_and_an_assigned_drive_reaches_them",
+    "a_second_kernel_finds_every_device_that_the_first_one_left_busy",
+    "a_full_file_system_and_a_failing_one_are_io_errors_for_disks_of_every_kind",
 ];
 
 /// Whether `--short` leaves a scenario out.
