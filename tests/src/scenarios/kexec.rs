@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::everything::{GPU, NETS, PLACE, Peers, SAID, busy, ctl, spec, use_all, use_console};
+use super::everything::{GPU, PLACE, Peers, SAID, busy, ctl, spec, use_all, use_console};
 use super::on;
 use super::steps::{FIRST, IDLE, bdf, bind, guest_is_content, unbind};
 use super::vhost_user::SHARED;
@@ -50,10 +50,7 @@ fn kexec(case: &Case<'_>) -> Result<()> {
             host.wait_power_state(&bdf(GPU), "D3cold", IDLE)?;
         }
         busy(host, &guest)?;
-        // Packets that come when the second kernel has no driver for them yet.
-        for (_, _, there, _) in NETS {
-            host.sh(&format!("(timeout 300 ping -i 0.002 -s 1400 {there} >/dev/null 2>&1 &)"))?;
-        }
+        // Its packets also come when the second kernel has no driver for them yet.
         std::thread::sleep(Duration::from_secs(2));
         let mark = guest.mark();
         guest.begin("guest_tool kexec-start")?;
