@@ -167,7 +167,7 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
     let mut words: Vec<String> = Vec::new();
     let mut add = |text: &str| words.extend(text.split_whitespace().map(str::to_owned));
     let dir = boot.dir.display();
-    add("-nodefaults -no-user-config -no-reboot -machine q35 -cpu EPYC-v4,+svm,+npt");
+    add("-nodefaults -no-user-config -no-reboot -machine q35 -cpu EPYC-v4,+svm,+npt,+pdpe1gb");
     if spec.deterministic {
         add("-accel tcg,thread=single -icount shift=0,sleep=off");
     } else {
@@ -256,9 +256,13 @@ fn arguments(boot: &Boot<'_>) -> Result<Vec<String>> {
     let iommu = if spec.iommu { "intel_iommu=on iommu=pt" } else { "" };
     let bind = spec.addresses().join(",");
     let debian = if spec.debian { "bed.debian=1" } else { "" };
+    let pages = match spec.gigantic_pages {
+        0 => String::new(),
+        count => format!("hugepagesz=1G hugepages={count}"),
+    };
     // On a loaded machine the timer is too slow for the kernel's check of it.
     words.push(format!(
-        "console=ttyS0 {iommu} quiet loglevel=5 panic=-1 tsc=reliable no_timer_check initcall_blacklist=nvme_init bed.bind={bind} {debian} {}",
+        "console=ttyS0 {iommu} quiet loglevel=5 panic=-1 tsc=reliable no_timer_check initcall_blacklist=nvme_init bed.bind={bind} {debian} {pages} {}",
         boot.cmdline
     ));
     Ok(words)

@@ -11,6 +11,7 @@ mod cpus;
 mod debian;
 mod disk;
 mod disk_faults;
+mod disk_kinds;
 mod doctor;
 mod endings;
 mod endurance;
@@ -21,7 +22,9 @@ mod gpu;
 mod guest_view;
 mod hostile;
 mod hotplug;
+mod huge_pages;
 mod kata;
+mod kexec;
 mod memory;
 mod net;
 mod nic;
@@ -31,6 +34,7 @@ mod plugging;
 mod pmem;
 mod recovery;
 mod rings;
+mod saved;
 mod segments;
 mod slots;
 mod snapshot;
@@ -118,6 +122,12 @@ const LONG: &[&str] = &[
     "a_disk_belongs_to_one_vm_unless_all_only_read_it",
     "reboot_and_shutdown_by_api_with_a_device_asleep_give_it_back_working",
     "a_guest_with_every_device_attached_wakes_no_thread_of_the_vmm",
+    "what_a_guest_has_plugged_goes_on_from_its_snapshot",
+    "what_a_guest_has_plugged_in_a_zone_goes_on_from_its_snapshot",
+    "memory_that_was_added_with_data_in_it_goes_on_from_its_snapshot",
+    "pages_of_1_gib_are_a_guests_memory_and_an_assigned_drive_reaches_them",
+    "a_second_kernel_finds_every_device_that_the_first_one_left_busy",
+    "a_full_file_system_and_a_failing_one_are_io_errors_for_disks_of_every_kind",
 ];
 
 /// Whether `--short` leaves a scenario out.
@@ -140,6 +150,8 @@ pub fn all() -> Vec<Scenario> {
         everything::table(),
         come_and_go::table(),
         disk_faults::table(),
+        disk_kinds::table(),
+        kexec::table(),
         bad_input::table(),
         doctor::table(),
         nic::table(),
@@ -147,6 +159,7 @@ pub fn all() -> Vec<Scenario> {
         guest_view::table(),
         nvme::table(),
         memory::table(),
+        huge_pages::table(),
         hostile::table(),
         hotplug::table(),
         segments::table(),
@@ -163,6 +176,7 @@ pub fn all() -> Vec<Scenario> {
         disk::table(),
         sockets::table(),
         snapshot::table(),
+        saved::table(),
         vhost_user::table(),
         vhost_rings::table(),
         pmem::table(),

@@ -143,6 +143,8 @@ pub struct HostSpec {
     pub memory_mib: u32,
     /// Virtual processors.
     pub cpus: u32,
+    /// Huge pages of 1 GiB that it sets aside when it boots, out of its RAM.
+    pub gigantic_pages: u32,
     /// Its slots.
     pub slots: Vec<Slot>,
     /// Whether the machine has an IOMMU.
@@ -164,6 +166,7 @@ impl HostSpec {
             kernel: Kernel::Cloud6_12,
             memory_mib: 4096,
             cpus: 1,
+            gigantic_pages: 0,
             slots: slots.to_vec(),
             iommu: true,
             uefi: false,
@@ -192,6 +195,13 @@ impl HostSpec {
     /// The same host with other RAM.
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    /// The same host with huge pages of 1 GiB: as much RAM more.
+    pub fn gigantic_pages(mut self, count: u32) -> Self {
+        self.gigantic_pages = count;
+        self.memory_mib += count * 1024;
         self
     }
 
@@ -251,7 +261,14 @@ impl HostSpec {
             .collect();
         let devices = if slots.is_empty() { "no devices".to_owned() } else { slots.join(", ") };
         let debian = if self.debian { ", disks with Debian" } else { "" };
-        format!("Linux {}, {} CPUs, {} MiB, {devices}{debian}", self.kernel, self.cpus, self.memory_mib)
+        let pages = match self.gigantic_pages {
+            0 => String::new(),
+            count => format!(", {count} huge pages of 1 GiB"),
+        };
+        format!(
+            "Linux {}, {} CPUs, {} MiB{pages}, {devices}{debian}",
+            self.kernel, self.cpus, self.memory_mib
+        )
     }
 }
 

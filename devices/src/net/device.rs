@@ -130,6 +130,9 @@ pub struct Net {
 struct Settled {
     pairs: u16,
     offloads: u32,
+    /// The host's link address, which the guest knows, if there is nothing else that keeps it.
+    #[serde(default)]
+    host_mac: Option<[u8; 6]>,
 }
 
 impl Net {
@@ -212,7 +215,7 @@ impl Net {
     fn prepare_tap(&self, features: Features) -> io::Result<()> {
         let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (offloads, pairs) = match restored {
-            Some(Settled { offloads, pairs }) => (Offloads::from_bits_truncate(offloads), pairs),
+            Some(Settled { offloads, pairs, .. }) => (Offloads::from_bits_truncate(offloads), pairs),
             None => (offloads_of(features.0), 1),
         };
         self.shared.set_offloads(offloads);
@@ -329,7 +332,11 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Result<Saved, String> {
-        let settled = Settled { pairs: self.shared.pairs(), offloads: self.shared.offloads().bits() };
+        let settled = Settled {
+            pairs: self.shared.pairs(),
+            offloads: self.shared.offloads().bits(),
+            host_mac: self.tap.fleeting_mac(),
+        };
         serde_json::to_value(settled).map_err(|e| e.to_string())
     }
 
@@ -340,6 +347,9 @@ impl VirtioDevice for Net {
                 "{} pairs of queues were in use, and there are {}",
                 settled.pairs, self.pairs
             ));
+        }
+        if let Some(mac) = settled.host_mac {
+            self.tap.inherit_mac(mac).map_err(|e| e.to_string())?;
         }
         *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = Some(settled);
         Ok(())

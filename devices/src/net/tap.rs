@@ -78,6 +78,8 @@ pub struct Tap {
     mac: [u8; 6],
     mtu: Option<u16>,
     multi_queue: bool,
+    /// Whether it has been created here, with a link address that the kernel has chosen.
+    mac_by_chance: bool,
 }
 
 impl Tap {
@@ -109,7 +111,8 @@ impl Tap {
             actual = found;
             files.push(Arc::new(file));
         }
-        let mut tap = Self { name: actual, files, mac: [0; 6], mtu: None, multi_queue };
+        let mac_by_chance = !there_already && request.mac.is_none();
+        let mut tap = Self { name: actual, files, mac: [0; 6], mtu: None, multi_queue, mac_by_chance };
         tap.configure(request, there_already)?;
         if request.name.is_none() {
             info!("the tap {} has been created", tap.name);
@@ -170,7 +173,7 @@ impl Tap {
             return Err(TapError::Different { name, other: other.clone() });
         }
         let first = files.first().map(Arc::clone);
-        let mut tap = Self { name, files, mac: [0; 6], mtu: request.mtu, multi_queue };
+        let mut tap = Self { name, files, mac: [0; 6], mtu: request.mtu, multi_queue, mac_by_chance: false };
         let Some(first) = first else { return Ok(tap) };
         if let Some(mac) = request.mac {
             let mut address = [0; 8];
@@ -211,6 +214,26 @@ impl Tap {
         self.mac
     }
 
+    /// The host's link address as it is now, if nobody but the kernel has chosen it and it goes with the tap: who is to find the host
+    /// at the same one later has to be told.
+    pub fn fleeting_mac(&self) -> Option<[u8; 6]> {
+        let interface = Interface::new(&self.name).ok().filter(|_| self.mac_by_chance)?;
+        interface.mac().ok()
+    }
+
+    /// Gives a tap that has been created here, and was to have no particular link address, that of an earlier one: neighbours of the host
+    /// know it. Any other tap keeps its own.
+    ///
+    /// # Errors
+    /// The host's kernel refuses it.
+    pub fn inherit_mac(&self, mac: [u8; 6]) -> Result<(), TapError> {
+        if !self.mac_by_chance {
+            return Ok(());
+        }
+        let set = Interface::new(&self.name).and_then(|interface| interface.set_mac(mac));
+        set.map_err(self.failed("set the link address of"))
+    }
+
     /// The largest packet without the link's header, if it can be known.
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
@@ -229,7 +252,14 @@ impl Tap {
     #[cfg(any(test, feature = "testing"))]
     pub fn over_files(files: Vec<File>) -> Self {
         let files = files.into_iter().map(Arc::new).collect();
-        Self { name: "none".to_owned(), files, mac: [0; 6], mtu: Some(1500), multi_queue: false }
+        Self {
+            name: "none".to_owned(),
+            files,
+            mac: [0; 6],
+            mtu: Some(1500),
+            multi_queue: false,
+            mac_by_chance: false,
+        }
     }
 
     /// One file for each pair of queues.

@@ -304,6 +304,11 @@ impl Active for ActiveVhost {
         lock(&self.pairs).stop();
     }
 
+    fn hold(&self, limit: Duration) {
+        self.control.hold(limit);
+        lock(&self.pairs).stop();
+    }
+
     fn resume(&self) {
         if let Err(e) = lock(&self.pairs).start() {
             self.interrupt.needs_reset(&e.to_string());

@@ -67,6 +67,11 @@ pub trait Interrupt: Debug + Send + Sync {
     /// # Errors
     /// No descriptor is left.
     fn queue_event(&self, index: u16) -> io::Result<EventFd>;
+
+    /// Whether a device that is activated now begins paused, as after [`Active::pause`]: it must not look at its rings before the machine goes on.
+    fn begins_paused(&self) -> bool {
+        false
+    }
 }
 
 /// What a device gets when the driver is ready.
@@ -220,6 +225,11 @@ pub trait Active: Debug + Send + Sync {
 
     /// Ends what has begun, begins nothing new, and returns when that is so.
     fn pause(&self);
+
+    /// Begins nothing new, as after [`Self::pause`], but waits no longer than `limit` for what has begun. What cannot do that goes on as before.
+    fn hold(&self, limit: Duration) {
+        let _ = limit;
+    }
 
     /// Goes on.
     fn resume(&self);

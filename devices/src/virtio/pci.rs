@@ -142,6 +142,8 @@ struct Inner {
     /// The driver has asked for a reset, and the device has not stopped yet.
     resetting: bool,
     paused: bool,
+    /// The guest has taken bus mastering from the active device.
+    held: bool,
     /// It was restored, and the driver may wait for what was signalled and not heard.
     restored: bool,
 }
@@ -200,6 +202,7 @@ impl VirtioPci {
                 active: None,
                 resetting: false,
                 paused: false,
+                held: false,
                 restored: false,
             }),
         }))
@@ -216,9 +219,7 @@ impl VirtioPci {
 
     /// Brings what is decoded in step with the registers.
     fn decode(&self, inner: &mut Inner) {
-        let mut command = [0; 2];
-        inner.config.read(u16::try_from(regs::COMMAND).unwrap_or(4), &mut command);
-        let command = u16::from_le_bytes(command);
+        let command = inner.config.registers().u16(regs::COMMAND);
         let decodes = inner.pm.state() == DState::D0;
         let wanted = inner.bars.decoded(command).next().filter(|_| decodes);
         if inner.placement.as_ref().map(|(bar, _)| *bar) == wanted {
@@ -235,6 +236,22 @@ impl VirtioPci {
             }
             // A sizing pattern left in the BAR, or a guest that means harm.
             Err(e) => debug!("device {}: its BAR is not decoded: {e}", self.name),
+        }
+    }
+
+    /// Keeps the active device from the guest's memory once the guest has cleared Bus Master Enable (PCI 3.0, section 6.2.2), as Linux does before it
+    /// starts another kernel with kexec: what the earlier one offered is no memory for packets any more. It goes on when the bit is set. A driver that
+    /// never sets it is served all the same.
+    fn follow_bus_master(&self, inner: &mut Inner, before: bool) {
+        let now = bus_master(inner);
+        let Some(active) = inner.active.as_ref().filter(|_| before != now && inner.held == now) else {
+            return;
+        };
+        inner.held = !now;
+        if !now {
+            active.hold(RESET_PATIENCE);
+        } else if !inner.paused {
+            active.resume();
         }
     }
 
@@ -279,6 +296,7 @@ impl VirtioPci {
         inner.common.reset();
         self.interrupts.reset();
         inner.resetting = false;
+        inner.held = false;
         if was_active {
             self.life.reset();
         }
@@ -290,6 +308,7 @@ impl VirtioPci {
     }
 
     fn activate_at(&self, inner: &mut Inner, positions: &[RingPosition]) -> Result<(), DeviceError> {
+        self.interrupts.set_begins_paused(inner.paused);
         let features = inner.common.ring_features();
         let memory = self.memory.memory();
         let mut queues = Vec::new();
@@ -423,7 +442,9 @@ impl PciFunction for VirtioPci {
                 self.bar_write_locked(&mut inner, target, data);
             }
         } else {
+            let before = bus_master(&inner);
             inner.config.write(offset, data);
+            self.follow_bus_master(&mut inner, before);
             self.decode(&mut inner);
         }
     }
@@ -474,7 +495,9 @@ impl EmulatedFunction for VirtioPci {
         let mut inner = self.lock();
         inner.paused = false;
         if let Some(active) = &inner.active {
-            active.resume();
+            if !inner.held {
+                active.resume();
+            }
             if inner.restored {
                 self.signal_all(&inner);
             }
@@ -517,6 +540,10 @@ impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.shutdown();
     }
+}
+
+fn bus_master(inner: &Inner) -> bool {
+    inner.config.registers().u16(regs::COMMAND) & regs::COMMAND_BUS_MASTER != 0
 }
 
 /// The class code of a device of this type.

@@ -205,8 +205,9 @@ impl Worker {
     ) -> Result<Self, DeviceError> {
         let failed =
             |source| DeviceError::Host { what: "the device's thread cannot be started".into(), source };
+        let mode = if interrupt.begins_paused() { Mode::Pause } else { Mode::Run };
         let shared = Arc::new(Shared {
-            orders: Mutex::new(Orders { mode: Mode::Run, parked: false, ended: false }),
+            orders: Mutex::new(Orders { mode, parked: false, ended: false }),
             changed: Condvar::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?,
             thread: Mutex::default(),
@@ -248,6 +249,13 @@ impl Active for Worker {
         drop(self.shared.changed.wait_while(orders, |orders| !orders.parked && !orders.ended));
     }
 
+    fn hold(&self, limit: Duration) {
+        self.shared.order(Mode::Pause);
+        let orders = self.shared.orders();
+        let busy = |orders: &mut Orders| !orders.parked && !orders.ended;
+        drop(self.shared.changed.wait_timeout_while(orders, limit, busy));
+    }
+
     fn resume(&self) {
         self.shared.order(Mode::Run);
     }
@@ -285,6 +293,14 @@ impl Active for Workers {
         self.0.iter().for_each(Worker::pause);
     }
 
+    fn hold(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.0.iter().for_each(|worker| worker.shared.order(Mode::Pause));
+        for worker in &self.0 {
+            worker.hold(deadline.saturating_duration_since(Instant::now()));
+        }
+    }
+
     fn resume(&self) {
         self.0.iter().for_each(Worker::resume);
     }
@@ -304,7 +320,10 @@ impl Task {
     fn run(mut self) {
         let started = self.handler.start(&self.watch);
         self.report(started);
-        self.kick_all();
+        // After a pause all are kicked too.
+        if self.shared.orders().mode == Mode::Run {
+            self.kick_all();
+        }
         let mut events = [EpollEvent::default(); 16];
         while self.follow_orders() {
             let count = match self.watch.0.wait(-1, &mut events) {

@@ -16,7 +16,7 @@ use crate::runner::{Case, Scenario};
 use crate::spec::{Device, HostSpec, Slot};
 
 /// Slot of the GPU.
-const GPU: usize = 0;
+pub const GPU: usize = 0;
 /// For what takes long in an emulated machine.
 const LONG: Duration = Duration::from_secs(120);
 /// Where the VMM answers, and its events.
@@ -26,7 +26,7 @@ pub const EVENTS: &str = "/run/every.events";
 pub const SOCKET: &str = "/run/every.vsock";
 /// Where images are, and what the console has said.
 pub const PLACE: &str = "/run/every";
-const SAID: &str = "/run/every/said";
+pub const SAID: &str = "/run/every/said";
 /// Two networks, moved by the VMM and by the host's kernel: tap, host, guest, the guest's interface's address.
 pub const NETS: [(&str, &str, &str, &str); 2] = [
     ("every0", "10.9.0.1", "10.9.0.2", "02:00:00:09:00:02"),
@@ -93,7 +93,7 @@ impl Drop for Peers<'_> {
 }
 
 /// A VM with all of it.
-fn spec(host: &Host, console: &str) -> VmSpec {
+pub fn spec(host: &Host, console: &str) -> VmSpec {
     let net = |(tap, here, _, mac): (&str, &str, &str, &str), keys: &str| {
         format!("tap={tap},ip={here},mask=255.255.255.0,mac={mac}{keys}")
     };
@@ -125,7 +125,7 @@ pub fn ctl(host: &Host, words: &str) -> Result<String> {
 }
 
 /// Uses each device once.
-fn use_all(host: &Host, guest: &Guest<'_>) -> Result<()> {
+pub fn use_all(host: &Host, guest: &Guest<'_>) -> Result<()> {
     draws(guest)?;
     for disk in DISKS {
         use_disk(guest, disk)?;
@@ -202,7 +202,7 @@ fn use_balloon(host: &Host) -> Result<()> {
 }
 
 /// The console's output arrives at the host.
-fn use_console(host: &Host, guest: &Guest<'_>, words: &str) -> Result<()> {
+pub fn use_console(host: &Host, guest: &Guest<'_>, words: &str) -> Result<()> {
     wait_for("the console is there", LONG, || {
         let there = guest.probe(&format!("echo {words} >/dev/hvc0"))?;
         Ok(if there.status == 0 { Ok(()) } else { Err(there.text) })
@@ -345,7 +345,7 @@ fn rebind(case: &Case<'_>) -> Result<()> {
 }
 
 /// Keeps every device busy.
-fn busy(host: &Host, guest: &Guest<'_>) -> Result<()> {
+pub fn busy(host: &Host, guest: &Guest<'_>) -> Result<()> {
     guest.sh("mkdir -p /mnt && mount -t virtiofs share /mnt")?;
     guest.sh(
         "for d in vda vdb vdc; do (while :; do dd if=/dev/zero of=/dev/$d bs=64K count=64 seek=64 oflag=direct; dd if=/dev/$d of=/dev/null bs=64K \
@@ -421,10 +421,11 @@ fn pause(case: &Case<'_>) -> Result<()> {
     .map(|(name, command)| format!("(({command}) >/run/sum.{name} 2>/dev/null; echo >/run/end.{name}) &"))
     .collect();
     guest.sh(&format!("({}) </dev/null >/dev/null 2>&1", jobs.join(" ")))?;
-    for _ in 0..2 {
-        std::thread::sleep(Duration::from_millis(1500));
+    // How long it runs and stands still, in milliseconds.
+    for (runs, stands) in [(1500, 5000), (300, 0), (700, 100), (50, 2000), (0, 0), (1500, 5000)] {
+        std::thread::sleep(Duration::from_millis(runs));
         ctl(host, "pause")?;
-        std::thread::sleep(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(stands));
         ctl(host, "resume")?;
     }
     wait_for("all transfers end", LONG * 3, || {

@@ -11,9 +11,9 @@ use crate::rpc::{Output, wait_for};
 use crate::runner::{Case, Scenario};
 
 /// Where the VMM takes orders.
-const API: &str = "/run/snap.sock";
+pub(super) const API: &str = "/run/snap.sock";
 /// Where its guest's disk, socket and snapshots are.
-const PLACE: &str = "/run/snap";
+pub(super) const PLACE: &str = "/run/snap";
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 /// How long the host may take to write or read a snapshot.
@@ -34,30 +34,30 @@ fn ctl(host: &Host, words: &str) -> Result<Output> {
     host.run_for(&format!("dormouse ctl --timeout 300 --api-socket {API} {words} 2>&1"), SAVING)
 }
 
-fn order(host: &Host, words: &str) -> Result<String> {
+pub(super) fn order(host: &Host, words: &str) -> Result<String> {
     let output = ctl(host, words)?;
     ensure(output.status == 0, || format!("{words}: {}", output.text))?;
     Ok(output.text)
 }
 
 /// What an order that must fail says.
-fn refusal(host: &Host, words: &str, says: &str) -> Result<()> {
+pub(super) fn refusal(host: &Host, words: &str, says: &str) -> Result<()> {
     let output = ctl(host, words)?;
     ensure(output.status == 1 && output.text.contains(says), || {
         format!("{words}: status {}: {}", output.status, output.text)
     })
 }
 
-fn prepare(host: &Host) -> Result<()> {
+pub(super) fn prepare(host: &Host) -> Result<()> {
     host.sh(&format!("rm -rf {PLACE}; mkdir {PLACE}; truncate -s 64M {PLACE}/disk; modprobe tun")).map(drop)
 }
 
-fn clean(host: &Host) -> Result<()> {
+pub(super) fn clean(host: &Host) -> Result<()> {
     host.sh(&format!("rm -rf {PLACE}")).map(drop)
 }
 
 /// Pauses and saves the guest, and ends its VMM.
-fn save(host: &Host, guest: Guest<'_>, name: &str) -> Result<()> {
+pub(super) fn save(host: &Host, guest: Guest<'_>, name: &str) -> Result<()> {
     order(host, "pause")?;
     order(host, &format!("snapshot file://{PLACE}/{name}"))?;
     order(host, "shutdown-vmm")?;
@@ -66,14 +66,14 @@ fn save(host: &Host, guest: Guest<'_>, name: &str) -> Result<()> {
 }
 
 /// A VMM that goes on from there, with the guest's agent on the serial port as before.
-fn restore<'a>(case: &Case<'a>, keys: &str) -> Result<Guest<'a>> {
+pub(super) fn restore<'a>(case: &Case<'a>, keys: &str) -> Result<Guest<'a>> {
     let mut spec = VmSpec::new(case.guest);
     spec.command = Some(format!("dormouse --api-socket {API} --restore source_url=file://{PLACE}/{keys}"));
     Guest::launch(case.host, &spec)
 }
 
 /// Waits until the VMM has restored the machine.
-fn wait_state(host: &Host, state: &str) -> Result<()> {
+pub(super) fn wait_state(host: &Host, state: &str) -> Result<()> {
     wait_for(&format!("the VM is {state}"), SAVING, || {
         let ended = host.probe("cat /run/vmm.status /run/vmm.err 2>/dev/null")?;
         ensure(ended.text.is_empty(), || format!("the VMM says: {}", ended.text))?;

@@ -116,6 +116,35 @@ fn a_tap_that_is_there_keeps_its_addresses_and_is_opened_as_it_was_created() {
 }
 
 #[test]
+fn a_tap_inherits_a_link_address_only_if_it_was_created_without_one() {
+    if !in_namespace("a_tap_inherits_a_link_address_only_if_it_was_created_without_one") {
+        return;
+    }
+    let old = Tap::open(&named("dm5")).unwrap();
+    let known = old.fleeting_mac().unwrap();
+    assert_eq!(known, old.mac());
+    drop(old);
+    let new = Tap::open(&named("dm5")).unwrap();
+    assert_ne!(new.fleeting_mac(), Some(known), "the kernel chooses another one each time");
+    new.inherit_mac(known).unwrap();
+    assert_eq!(new.fleeting_mac(), Some(known), "it can be handed on once more");
+    let text = known.map(|byte| format!("{byte:02x}")).join(":");
+    let link = ip("link show dm5");
+    assert!(link.contains(&format!("link/ether {text}")) && link.contains(",UP"), "{link}");
+
+    let own = [2, 0, 0, 0, 0, 9];
+    let given = Tap::open(&TapRequest { mac: Some(own), ..named("dm6") }).unwrap();
+    ip("tuntap add dm7 mode tap");
+    let there = Tap::open(&named("dm7")).unwrap();
+    for tap in [given, there] {
+        assert_eq!(tap.fleeting_mac(), None);
+        tap.inherit_mac(known).unwrap();
+        assert!(!ip(&format!("link show {}", tap.name())).contains(&text));
+    }
+    new.inherit_mac([1, 0, 0, 0, 0, 1]).unwrap_err();
+}
+
+#[test]
 fn packets_have_headers_and_the_host_uses_only_the_queues_that_it_may() {
     if !in_namespace("packets_have_headers_and_the_host_uses_only_the_queues_that_it_may") {
         return;

@@ -47,6 +47,7 @@ pub struct PciInterrupts {
     status: AtomicU8,
     generation: AtomicU8,
     stopped: AtomicBool,
+    begins_paused: AtomicBool,
 }
 
 impl fmt::Debug for PciInterrupts {
@@ -70,7 +71,13 @@ impl PciInterrupts {
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             stopped: AtomicBool::new(false),
+            begins_paused: AtomicBool::new(false),
         })
+    }
+
+    /// For [`Interrupt::begins_paused`].
+    pub(super) fn set_begins_paused(&self, paused: bool) {
+        self.begins_paused.store(paused, Ordering::Release);
     }
 
     fn msix(&self) -> MutexGuard<'_, MsixVectors> {
@@ -215,5 +222,9 @@ impl Interrupt for PciInterrupts {
             // Nobody is to hear of it.
             None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC),
         }
+    }
+
+    fn begins_paused(&self) -> bool {
+        self.begins_paused.load(Ordering::Acquire)
     }
 }

@@ -32,6 +32,9 @@ struct FunctionState {
     common: CommonRegisters,
     /// Of an active device: how far each ring has been served.
     positions: Option<Vec<RingPosition>>,
+    /// Whether the guest has taken bus mastering from it.
+    #[serde(default)]
+    held: bool,
     device: Saved,
 }
 
@@ -53,6 +56,7 @@ impl VirtioPci {
             interrupts: self.interrupts.save(),
             common: inner.common.clone(),
             positions,
+            held: inner.held,
             device: self.device.save()?,
         };
         serde_json::to_value(state).map_err(|e| e.to_string())
@@ -72,6 +76,7 @@ impl VirtioPci {
         self.device.restore(&state.device)?;
         inner.paused = true;
         inner.restored = true;
+        inner.held = state.held;
         if let Some(mut positions) = state.positions.filter(|_| !self.interrupts.has_stopped()) {
             positions.resize(inner.common.queues(), RingPosition::START);
             self.activate_at(&mut inner, &positions).map_err(|e| e.to_string())?;

@@ -414,3 +414,44 @@ fn what_was_saved_of_another_device_is_refused_and_a_stopped_one_stays_stopped()
     let mut queue = second.start(SPLIT);
     second.works(&mut queue);
 }
+
+#[test]
+fn a_device_that_loses_bus_mastering_leaves_memory_alone_until_it_has_it_again_or_is_reset() {
+    const COMMAND: u16 = 4;
+    for features in [SPLIT, PACKED] {
+        let mut bench = Bench::new();
+        let mut queue = bench.start(features);
+        bench.works(&mut queue);
+        bench.function.config_write(COMMAND, &[2, 0]);
+        let id = queue.add(&[(DATA, 8, true)]);
+        bench.ring();
+        // Neither a pause nor another process changes that.
+        bench.function.pause();
+        let saved = bench.function.save().unwrap();
+        let second = Bench::bare(bench.memory.clone());
+        second.function.restore(&saved).unwrap();
+        bench.function.shutdown();
+        bench = second;
+        bench.function.resume();
+        bench.ring();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(queue.used(), None, "{features:?}");
+        bench.function.config_write(COMMAND, &[6, 0]);
+        assert_eq!(queue.wait_used(), Some((id, 8)), "{features:?}");
+        bench.works(&mut queue);
+        // Paused, it does not go on for the bit alone.
+        bench.function.config_write(COMMAND, &[2, 0]);
+        bench.function.pause();
+        let id = queue.add(&[(DATA, 8, true)]);
+        bench.function.config_write(COMMAND, &[6, 0]);
+        bench.ring();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(queue.used(), None, "{features:?}");
+        bench.function.resume();
+        assert_eq!(queue.wait_used(), Some((id, 8)), "{features:?}");
+        // There are drivers that never set it.
+        bench.function.config_write(COMMAND, &[2, 0]);
+        let mut queue = bench.start(features);
+        bench.works(&mut queue);
+    }
+}

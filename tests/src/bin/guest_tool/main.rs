@@ -7,6 +7,7 @@
 //! - `guest_tool cam BDF OFFSET`: reads 32 bits of config space by the ports 0xCF8 and 0xCFC, behind the kernel's back.
 //! - `guest_tool kexec KERNEL INITRAMFS COMMAND_LINE`: starts another kernel at once, without shutting anything down
 //!   but the drivers.
+//! - `guest_tool kexec-load KERNEL INITRAMFS COMMAND_LINE` and `guest_tool kexec-start`: the same in two steps
 //! - `guest_tool pmcsr BDF [STATE]`: reads the power state bits (PCI PM 1.2 section 3.2.4), or sets them: 0 for D0, 3
 //!   for D3hot.
 //! - `guest_tool cycle BDF COUNT MS`: lets a function without a driver suspend, leaves it so for MS milliseconds, wakes
@@ -53,7 +54,11 @@ fn main() -> ExitCode {
         ["config", bdf, offset] => config(bdf, offset, None),
         ["config", bdf, offset, value] => config(bdf, offset, Some(value)),
         ["cam", bdf, offset] => cam(bdf, offset),
-        ["kexec", kernel, initramfs, cmdline] => kexec(kernel, initramfs, cmdline),
+        ["kexec", kernel, initramfs, cmdline] => {
+            load(kernel, initramfs, cmdline).and_then(|()| start_loaded())
+        }
+        ["kexec-load", kernel, initramfs, cmdline] => load(kernel, initramfs, cmdline),
+        ["kexec-start"] => start_loaded(),
         ["pmcsr", bdf] => pmcsr(bdf, None),
         ["pmcsr", bdf, state] => pmcsr(bdf, Some(state)),
         ["cycle", bdf, count, dwell] => cycle(bdf, count, dwell),
@@ -225,7 +230,7 @@ fn cpuid(leaf: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn kexec(kernel: &str, initramfs: &str, cmdline: &str) -> io::Result<()> {
+fn load(kernel: &str, initramfs: &str, cmdline: &str) -> io::Result<()> {
     let (kernel, initramfs) = (File::open(kernel)?, File::open(initramfs)?);
     let cmdline = format!("{cmdline}\0");
     // SAFETY: two open files and a string with its length, terminator included, as kexec_file_load(2) wants them.
@@ -242,6 +247,10 @@ fn kexec(kernel: &str, initramfs: &str, cmdline: &str) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
+    Ok(())
+}
+
+fn start_loaded() -> io::Result<()> {
     // SAFETY: passes no pointers; returns only on failure.
     unsafe { libc::reboot(libc::LINUX_REBOOT_CMD_KEXEC) };
     Err(io::Error::last_os_error())
