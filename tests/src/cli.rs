@@ -56,7 +56,7 @@ pub struct Fuzz {
 /// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Only these figures: `size`, `start`, `api`, `overhead`, `power`, `wake`, `boot`, `net`, `disk` or `login`.
+    /// Only these figures: `size`, `start`, `api`, `overhead`, `devices`, `power`, `wake`, `boot`, `net`, `disk` or `login`.
     pub name: Option<String>,
     /// Which VMM.
     #[command(flatten)]

@@ -2,13 +2,10 @@
 //! that the way there and back is what counts.
 //!
 //! Once on a host whose time is counted instructions (10^9 of them are a second), once on the ordinary emulated host.
-//!
-//! The emulator now and then locks up a host that counts its instructions, in an interrupt that comes while interrupts are off (docs/testing.md). So what
-//! was measured on a host stays measured, and another host goes on with the rest.
 
 use std::time::Duration;
 
-use super::{Figure, median};
+use super::{Figure, go_on_with_other_hosts, median};
 use crate::artifacts::Artifacts;
 use crate::error::{Error, Result};
 use crate::guest::{Guest, VmSpec};
@@ -22,9 +19,6 @@ const ROUNDS: usize = 5;
 
 /// So many times as many accesses make a round where time counts: it takes some seconds then, as one of instructions does.
 const MORE: u32 = 4;
-
-/// Hosts that may be lost.
-const LOSSES: usize = 8;
 
 /// The longest that a round may take: some 5 s on an idle machine.
 const ROUND: Duration = Duration::from_secs(30);
@@ -107,14 +101,7 @@ pub fn measure(artifacts: &Artifacts) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for deterministic in [true, false] {
         let mut rounds: [Vec<f64>; LOADS.len()] = Default::default();
-        let mut lost = 0;
-        while let Err(error) = on_one_host(artifacts, deterministic, &mut rounds) {
-            lost += 1;
-            println!("AGAIN: {error}");
-            if lost > LOSSES {
-                return Err(error);
-            }
-        }
+        go_on_with_other_hosts(|| on_one_host(artifacts, deterministic, &mut rounds))?;
         figures
             .extend(LOADS.iter().zip(&mut rounds).map(|(load, rounds)| figure(load, rounds, deterministic)));
     }
