@@ -60,6 +60,11 @@ const NVME: usize = 3;
 
 /// What `--short` leaves out besides repetitions with old kernels: what takes long, and what others are close to.
 const LONG: &[&str] = &[
+    "a_reserved_root_port_takes_a_device_that_sleeps",
+    "a_second_machine_from_the_same_snapshot_is_refused_the_disk_of_the_first",
+    "vsock_serves_many_connections_and_survives_clients_that_talk_nonsense",
+    "vsock_carries_large_transfers_both_ways_and_closes_by_halves",
+    "the_console_has_a_pseudoterminal_beside_the_serial_port",
     "thousand_power_cycles_from_two_vcpus_leak_nothing",
     "host_wakes_the_guest_a_hundred_times",
     "device_that_gets_its_power_late_comes_back_by_its_reset",
