@@ -130,6 +130,13 @@ struct Orders {
     ended: bool,
 }
 
+impl Orders {
+    /// Whether an order to pause is still to be followed.
+    fn are_open(&self) -> bool {
+        !self.parked && !self.ended
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     orders: Mutex<Orders>,
@@ -246,14 +253,13 @@ impl Active for Worker {
     fn pause(&self) {
         self.shared.order(Mode::Pause);
         let orders = self.shared.orders();
-        drop(self.shared.changed.wait_while(orders, |orders| !orders.parked && !orders.ended));
+        drop(self.shared.changed.wait_while(orders, |orders| orders.are_open()));
     }
 
     fn hold(&self, limit: Duration) {
         self.shared.order(Mode::Pause);
         let orders = self.shared.orders();
-        let busy = |orders: &mut Orders| !orders.parked && !orders.ended;
-        drop(self.shared.changed.wait_timeout_while(orders, limit, busy));
+        drop(self.shared.changed.wait_timeout_while(orders, limit, |orders| orders.are_open()));
     }
 
     fn resume(&self) {
