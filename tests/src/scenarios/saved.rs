@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::memory::line;
 use super::on;
-use super::snapshot::{API, PLACE, clean, order, prepare, refusal, restore, save, wait_state};
+use super::snapshot::{API, PLACE, clean, order, prepare, refusal, restore, save, wait_state, with_disk};
 use super::steps::{IDLE, guest_is_content};
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
@@ -272,10 +272,7 @@ fn second(case: &Case<'_>) -> Result<()> {
     const OTHER: &str = "/run/snap/other.sock";
     let host = case.host;
     prepare(host)?;
-    let mut spec = VmSpec::new(case.guest)
-        .options(&format!("--api-socket {API} --disk path={PLACE}/disk,image_type=raw"));
-    spec.modules = vec!["virtio_pci", "virtio_blk"];
-    let guest = host.start_vm(&spec)?;
+    let guest = host.start_vm(&with_disk(case))?;
     guest.sh("echo remembered >/tmp/word")?;
     save(host, guest, "one")?;
     let guest = restore(case, "one,resume=on")?;

@@ -56,6 +56,14 @@ pub(super) fn clean(host: &Host) -> Result<()> {
     host.sh(&format!("rm -rf {PLACE}")).map(drop)
 }
 
+/// A small machine with a disk, and a socket for orders.
+pub(super) fn with_disk(case: &Case<'_>) -> VmSpec {
+    let mut spec = VmSpec::new(case.guest)
+        .options(&format!("--api-socket {API} --disk path={PLACE}/disk,image_type=raw"));
+    spec.modules = vec!["virtio_pci", "virtio_blk"];
+    spec
+}
+
 /// Pauses and saves the guest, and ends its VMM.
 pub(super) fn save(host: &Host, guest: Guest<'_>, name: &str) -> Result<()> {
     order(host, "pause")?;
@@ -280,10 +288,7 @@ fn assigned(case: &Case<'_>) -> Result<()> {
 fn refused(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     prepare(host)?;
-    let mut spec = VmSpec::new(case.guest)
-        .options(&format!("--api-socket {API} --disk path={PLACE}/disk,image_type=raw"));
-    spec.modules = vec!["virtio_pci", "virtio_blk"];
-    let guest = host.start_vm(&spec)?;
+    let guest = host.start_vm(&with_disk(case))?;
     order(host, "pause")?;
     for (url, says) in [
         ("/run/x", "file:///"),

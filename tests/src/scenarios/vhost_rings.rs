@@ -60,11 +60,16 @@ impl<'h> Supervised<'h> {
              echo >>/run/{name}.starts; wait; usleep 100000; done & echo $! >/run/{name}.loop) </dev/null >/run/{name}.log 2>&1"
         ))?;
         let supervised = Self { host, name };
+        supervised.wait_listens(socket)?;
+        Ok(supervised)
+    }
+
+    fn wait_listens(&self, socket: &str) -> Result<()> {
+        let Self { host, name } = self;
         wait_for(&format!("{name} listens"), LONG, || {
             let listens = host.probe(&format!("test -S {socket}"))?.status == 0;
             Ok(if listens { Ok(()) } else { Err(host.probe(&format!("cat /run/{name}.log"))?.text) })
-        })?;
-        Ok(supervised)
+        })
     }
 
     /// Ends it, so that there is a new one, which knows nothing of what was.
@@ -75,10 +80,7 @@ impl<'h> Supervised<'h> {
             "tail -n 20 /run/{name}.log; wc -l </run/{name}.starts; cat /proc/$(cat /run/{name}.pid)/task/*/comm; true"
         ))?;
         self.host.sh(&format!("rm -f {socket}; kill -9 $(cat /run/{name}.pid)"))?;
-        wait_for(&format!("{name} listens again"), LONG, || {
-            let listens = self.host.probe(&format!("test -S {socket}"))?.status == 0;
-            Ok(if listens { Ok(()) } else { Err(self.host.probe(&format!("cat /run/{name}.log"))?.text) })
-        })
+        self.wait_listens(socket)
     }
 }
 
