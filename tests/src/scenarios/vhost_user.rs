@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::on;
 use super::steps::guest_is_content;
-use crate::debian::KERNEL;
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
 use crate::host::{Host, sysfs};
@@ -88,8 +87,8 @@ pub fn storage_daemon(host: &Host) -> Result<Peer<'_>> {
     Peer::start(host, "storage-daemon", &format!("test -S {DISK}"), &command)
 }
 
-fn spec(options: &str) -> VmSpec {
-    let mut vm = VmSpec::new(KERNEL)
+fn spec(case: &Case<'_>, options: &str) -> VmSpec {
+    let mut vm = VmSpec::new(case.guest)
         .memory("512M,shared=on")
         .options(&format!("--api-socket {API} --event-monitor path={EVENTS} {options}"));
     vm.modules = vec!["virtio_pci", "virtio_rng", "virtiofs", "virtio_blk", "virtio_net"];
@@ -148,7 +147,7 @@ fn end(host: &Host, guest: &Guest<'_>) -> Result<()> {
 fn file_system(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let daemon = virtiofsd(host)?;
-    let guest = host.start_vm(&spec(&format!("--fs tag=share,socket={FS}")))?;
+    let guest = host.start_vm(&spec(case, &format!("--fs tag=share,socket={FS}")))?;
     guest.sh("mkdir /mnt && mount -t virtiofs share /mnt")?;
     files(host, &guest, "/mnt")?;
     ctl(host, "pause")?;
@@ -203,7 +202,7 @@ fn mount(guest: &Guest<'_>, tag: &str) -> Result<()> {
 
 fn come_and_go(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    let guest = host.start_vm(&spec(""))?;
+    let guest = host.start_vm(&spec(case, ""))?;
     for words in [
         format!("add-fs tag=share,socket={FS},id=added"),
         // The same program as a device of which only the type is known.
@@ -239,7 +238,7 @@ fn come_and_go(case: &Case<'_>) -> Result<()> {
 fn disk(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let daemon = storage_daemon(host)?;
-    let guest = host.start_vm(&spec(&format!("--disk vhost_user=on,socket={DISK}")))?;
+    let guest = host.start_vm(&spec(case, &format!("--disk vhost_user=on,socket={DISK}")))?;
     let size = || guest.sh("cat /sys/block/vda/size");
     ensure(size()?.trim() == (IMAGE_SIZE / 512).to_string(), || format!("the size is {:?}", size()))?;
     guest.sh_for("dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null", LONG)?;
@@ -279,11 +278,14 @@ fn net(case: &Case<'_>) -> Result<()> {
     ))?;
     let ready = "wget -q -O /dev/null http://127.0.0.1:8000/down";
     let server = Peer::start(host, "httpd", ready, &format!("httpd -f -p 8000 -h {SHARED}"))?;
-    // It gives up being root before it makes its socket.
-    host.sh(&format!("chmod 1777 /tmp; rm -f {NET}"))?;
+    // It gives up being root before it makes its socket, and whoever is not may not ping by themselves on a host without systemd.
+    host.sh(&format!(
+        "chmod 1777 /tmp; rm -f {NET}; echo '0 2147483647' >/proc/sys/net/ipv4/ping_group_range"
+    ))?;
     let command = format!("passt --foreground --vhost-user --socket {NET}");
     let passt = Peer::start(host, "passt", &format!("test -S {NET}"), &command)?;
-    let guest = host.start_vm(&spec(&format!("--net vhost_user=on,socket={NET},mac={MAC},num_queues=2")))?;
+    let guest =
+        host.start_vm(&spec(case, &format!("--net vhost_user=on,socket={NET},mac={MAC},num_queues=2")))?;
     let mac = guest.sh("cat /sys/class/net/eth0/address")?;
     ensure(mac.trim() == MAC, || format!("the guest's address is {mac}"))?;
     guest.sh(&format!(
@@ -308,7 +310,7 @@ fn net(case: &Case<'_>) -> Result<()> {
 
 fn not_there(case: &Case<'_>) -> Result<()> {
     let host = case.host;
-    let spec = spec("--fs tag=share,socket=/run/nobody");
+    let spec = spec(case, "--fs tag=share,socket=/run/nobody");
     let refused = host.run_for(&spec.command(), LONG)?;
     ensure(refused.status == 1, || format!("ended with {}: {}", refused.status, refused.text))?;
     for part in ["/run/nobody", "No such file or directory", "start the backend first"] {
