@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::scenarios::Place;
+
 /// Boots Dormouse on an emulated host and judges what it does. Needs Debian, and root for the first run.
 #[derive(Debug, Parser)]
 #[command(name = "cargo testbed", bin_name = "cargo testbed")]
@@ -78,6 +80,9 @@ pub struct Test {
     /// Leave out the scenarios that take longest, or repeat others with another kernel: for CI. They count as skipped.
     #[arg(long)]
     pub short: bool,
+    /// Run the chosen scenarios with Linux 6.1 in the guest or in the host. The name chooses among those that are not of themselves about an old kernel.
+    #[arg(long, value_enum, value_name = "PLACE", conflicts_with = "short")]
+    pub old_kernel: Option<Place>,
     /// Run tests whose name is exactly as given.
     #[arg(long)]
     pub exact: bool,

@@ -99,6 +99,11 @@ fn test(options: Test) -> Result<bool> {
     let chosen: Vec<_> = scenarios::all()
         .into_iter()
         .filter(|scenario| wanted(&scenario.name) || filter == "scenario")
+        .filter_map(|scenario| match options.old_kernel {
+            None => Some(scenario),
+            Some(_) if scenario.name.contains("_with_linux_6_1_") => None,
+            Some(place) => Some(scenarios::with_old_kernel(scenario, place)),
+        })
         .collect();
     let (left_out, chosen): (Vec<_>, Vec<_>) =
         chosen.into_iter().partition(|scenario| options.short && scenario.long);

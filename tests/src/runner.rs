@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::artifacts::Artifacts;
+use crate::debian;
 use crate::error::{Error, Result, ensure};
 use crate::host::Host;
 use crate::rpc::wait_for;
@@ -127,8 +128,10 @@ impl<'a> Plan<'a> {
         for scenario in scenarios {
             groups.entry(&scenario.host).or_default().push_back(scenario);
         }
-        let groups = groups.into_values().map(|left| {
-            let guests: BTreeSet<Kernel> = left.iter().map(|scenario| scenario.guest).collect();
+        let groups = groups.into_iter().map(|(host, left)| {
+            let mut guests: BTreeSet<Kernel> = left.iter().map(|scenario| scenario.guest).collect();
+            // What is on Debian's disks is for that one.
+            guests.extend(host.debian.then_some(debian::KERNEL));
             Group { left, guests: guests.into_iter().collect(), begun: false }
         });
         Self { groups: groups.collect() }

@@ -224,15 +224,37 @@ fn on(host: HostSpec, name: &str, run: fn(&Case<'_>) -> Result<()>) -> Scenario 
     Scenario { name: name.to_owned(), host, guest: Kernel::Generic6_12, run, long: false }
 }
 
+/// Where an old kernel is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Place {
+    /// In the guest. Debian's own disks have modules of 6.12 only, and are booted with that.
+    Guest,
+    /// In the host.
+    Host,
+}
+
+/// The scenario with the 6.1 kernel in one place.
+pub fn with_old_kernel(mut scenario: Scenario, place: Place) -> Scenario {
+    match place {
+        Place::Guest => {
+            scenario.name.push_str("_with_linux_6_1_in_the_guest");
+            scenario.guest = match scenario.guest {
+                Kernel::Cloud6_12 | Kernel::Cloud6_1 => Kernel::Cloud6_1,
+                Kernel::Generic6_12 | Kernel::Generic6_1 => Kernel::Generic6_1,
+            };
+        }
+        Place::Host => {
+            scenario.name.push_str("_with_linux_6_1_in_the_host");
+            scenario.host = scenario.host.kernel(Kernel::Cloud6_1);
+        }
+    }
+    scenario
+}
+
 /// The scenario, once more with the 6.1 kernel in the guest, and once more with it in the host.
 fn with_old_kernels(scenario: Scenario) -> Vec<Scenario> {
-    let mut guest = scenario.clone();
-    guest.name.push_str("_with_linux_6_1_in_the_guest");
-    guest.guest = Kernel::Generic6_1;
-    let mut host = scenario.clone();
-    host.name.push_str("_with_linux_6_1_in_the_host");
-    host.host = host.host.kernel(Kernel::Cloud6_1);
-    vec![scenario, guest, host]
+    let old = |place| with_old_kernel(scenario.clone(), place);
+    vec![scenario.clone(), old(Place::Guest), old(Place::Host)]
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use super::everything::{API, EVENTS, NETS, PLACE, Peers, SOCKET, ctl, use_disk, 
 use super::on;
 use super::steps::guest_is_content;
 use super::vhost_user::{self, files};
-use crate::debian::KERNEL;
 use crate::error::{Error, Result, ensure};
 use crate::guest::{self, Guest, VmSpec};
 use crate::host::{Host, sysfs};
@@ -88,7 +87,7 @@ fn use_fs(host: &Host, guest: &Guest<'_>, tag: &str) -> Result<()> {
 fn several_times(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let mut peers = Peers::start(host)?;
-    let mut vm = VmSpec::new(KERNEL)
+    let mut vm = VmSpec::new(case.guest)
         .memory("512M,shared=on")
         .options(&format!("--api-socket {API} --event-monitor path={EVENTS}"));
     modules(&mut vm);
@@ -161,7 +160,7 @@ fn at_odd_times(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
     host.sh(&format!("truncate -s 16M {PLACE}/a {PLACE}/b {PLACE}/c"))?;
-    let mut vm = VmSpec::new(KERNEL).options(&format!("--event-monitor path={EVENTS}")).by_api();
+    let mut vm = VmSpec::new(case.guest).options(&format!("--event-monitor path={EVENTS}")).by_api();
     modules(&mut vm);
     let guest = Guest::launch(host, &vm)?;
     host.sh(&format!(

@@ -7,7 +7,6 @@ use super::on;
 use super::steps::{FIRST, IDLE, bdf, guest_is_content, unbind};
 use super::vhost_user::{self, Peer, files};
 use super::virtio::{draws, functions, without_driver};
-use crate::debian::KERNEL;
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
 use crate::host::Host;
@@ -93,11 +92,11 @@ impl Drop for Peers<'_> {
 }
 
 /// A VM with all of it.
-pub fn spec(host: &Host, console: &str) -> VmSpec {
+pub fn spec(case: &Case<'_>, console: &str) -> VmSpec {
     let net = |(tap, here, _, mac): (&str, &str, &str, &str), keys: &str| {
         format!("tap={tap},ip={here},mask=255.255.255.0,mac={mac}{keys}")
     };
-    let mut spec = VmSpec::new(KERNEL).memory("512M,shared=on").device(host, &bdf(GPU)).options(&format!(
+    let mut spec = VmSpec::new(case.guest).memory("512M,shared=on").device(case.host, &bdf(GPU)).options(&format!(
         "--api-socket {API} --event-monitor path={EVENTS} --console {console} \
          --disk path={PLACE}/raw,image_type=raw,ops_size=5000,ops_refill_time=100 path={PLACE}/qcow2,image_type=qcow2 \
          vhost_user=on,socket={} --net {} {} --fs tag=share,socket={} --vsock cid=9,socket={SOCKET} \
@@ -229,7 +228,7 @@ fn draws_so_far(guest: &Guest<'_>) -> Result<String> {
 fn idle(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    let guest = host.start_vm(&spec(host, "pty"))?;
+    let guest = host.start_vm(&spec(case, "pty"))?;
     let info = ctl(host, "info")?;
     let json: serde_json::Value =
         serde_json::from_str(&info).map_err(|e| Error::Check(format!("{info}: {e}")))?;
@@ -314,7 +313,7 @@ fn life_is_told(host: &Host, activated: usize, reset: usize) -> Result<()> {
 fn rebind(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    let guest = host.start_vm(&spec(host, &format!("file={SAID}")))?;
+    let guest = host.start_vm(&spec(case, &format!("file={SAID}")))?;
     use_all(host, &guest)?;
     // Network, block, console, entropy, balloon, sockets, file system, watchdog (VIRTIO 1.2, chapter 5).
     let mut all = Vec::new();
@@ -365,7 +364,7 @@ pub fn busy(host: &Host, guest: &Guest<'_>) -> Result<()> {
 fn reboot(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    let guest = host.start_vm(&spec(host, &format!("file={SAID}")))?;
+    let guest = host.start_vm(&spec(case, &format!("file={SAID}")))?;
     use_all(host, &guest)?;
     for way in ["api", "sysrq"] {
         busy(host, &guest)?;
@@ -394,7 +393,7 @@ fn reboot(case: &Case<'_>) -> Result<()> {
 fn pause(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    let guest = host.start_vm(&spec(host, &format!("file={SAID}")))?;
+    let guest = host.start_vm(&spec(case, &format!("file={SAID}")))?;
     use_all(host, &guest)?;
     let shared = vhost_user::SHARED;
     host.sh(&format!(

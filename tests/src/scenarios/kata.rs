@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use super::on;
 use super::steps::{IDLE, bdf, guest_is_content, nic_to_sleep, pass_traffic};
-use crate::debian::KERNEL;
 use crate::error::{Error, Result, ensure};
 use crate::guest::{API, Guest, VmSpec};
 use crate::host::{Host, sysfs};
@@ -128,7 +127,7 @@ fn removed(host: &Host, guest: &Guest<'_>, id: &str, function: &str) -> Result<(
 fn pod(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     virtiofsd(host)?;
-    let mut vm = VmSpec::new(KERNEL).by_api();
+    let mut vm = VmSpec::new(case.guest).by_api();
     vm.modules =
         vec!["virtio_pci", "virtio_blk", "virtio_net", "virtiofs", "vmw_vsock_virtio_transport", "e1000e"];
     let guest = Guest::launch(host, &vm)?;

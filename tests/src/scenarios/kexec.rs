@@ -7,7 +7,6 @@ use super::everything::{GPU, PLACE, Peers, SAID, busy, ctl, spec, use_all, use_c
 use super::on;
 use super::steps::{FIRST, IDLE, bdf, bind, guest_is_content, unbind};
 use super::vhost_user::SHARED;
-use crate::debian::KERNEL;
 use crate::error::{Result, ensure};
 use crate::guest::Guest;
 use crate::host::Host;
@@ -34,12 +33,12 @@ fn gpu_sleeps_and_wakes(host: &Host, guest: &Guest<'_>) -> Result<()> {
 fn kexec(case: &Case<'_>) -> Result<()> {
     let host = case.host;
     let peers = Peers::start(host)?;
-    let guest = host.start_vm(&spec(host, &format!("file={SAID}")))?;
+    let guest = host.start_vm(&spec(case, &format!("file={SAID}")))?;
     use_all(host, &guest)?;
     for round in 0..2 {
         gpu_sleeps_and_wakes(host, &guest)?;
         for file in ["vmlinuz", "initramfs"] {
-            host.sh(&format!("cp {} {SHARED}/{file}", guest_path(KERNEL, file)))?;
+            host.sh(&format!("cp {} {SHARED}/{file}", guest_path(case.guest, file)))?;
         }
         // Beforehand: it takes long beside all that is busy.
         guest.sh("mkdir -p /mnt && mount -t virtiofs share /mnt")?;

@@ -8,7 +8,6 @@ use super::on;
 use super::steps::guest_is_content;
 use super::vhost_user::{DISK, FS, IMAGE, SHARED, files};
 use super::virtio::{draws, function, without_driver};
-use crate::debian::KERNEL;
 use crate::error::{Error, Result, ensure};
 use crate::guest::{Guest, VmSpec};
 use crate::host::Host;
@@ -93,8 +92,8 @@ impl Drop for Supervised<'_> {
     }
 }
 
-fn spec(options: &str) -> VmSpec {
-    let mut vm = VmSpec::new(KERNEL)
+fn spec(case: &Case<'_>, options: &str) -> VmSpec {
+    let mut vm = VmSpec::new(case.guest)
         .memory("512M,shared=on")
         .cmdline("iomem=relaxed")
         .options(&format!("--api-socket {API} {options}"));
@@ -170,7 +169,7 @@ fn disk(case: &Case<'_>) -> Result<()> {
          --export type=vhost-user-blk,id=export,addr.type=unix,addr.path={DISK},node-name=image,writable=on"
     );
     let daemon = Supervised::start(host, "storage-daemon", DISK, &command)?;
-    let guest = host.start_vm(&spec(&format!("--disk vhost_user=on,socket={DISK}")))?;
+    let guest = host.start_vm(&spec(case, &format!("--disk vhost_user=on,socket={DISK}")))?;
     super::everything::use_disk(&guest, "vda")?;
     let function = function(&guest, 2)?;
     break_all(host, &guest, "_disk0", &function, &[0])?;
@@ -187,7 +186,7 @@ fn file_system(case: &Case<'_>) -> Result<()> {
     host.sh(&format!("mkdir -p {SHARED}"))?;
     let command = format!("virtiofsd --socket-path={FS} --shared-dir={SHARED} --sandbox=none");
     let daemon = Supervised::start(host, "virtiofsd", FS, &command)?;
-    let guest = host.start_vm(&spec(&format!("--fs tag=share,socket={FS}")))?;
+    let guest = host.start_vm(&spec(case, &format!("--fs tag=share,socket={FS}")))?;
     guest.sh("mkdir /mnt && mount -t virtiofs share /mnt")?;
     files(host, &guest, "/mnt")?;
     guest.sh("umount /mnt")?;
