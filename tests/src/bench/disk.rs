@@ -5,10 +5,11 @@
 
 use std::time::Duration;
 
-use super::{Figure, go_on_with_other_hosts, median};
+use super::stopwatch::{Stopwatch, join, networked};
+use super::{Figure, least, on_hosts};
 use crate::artifacts::Artifacts;
-use crate::error::{Error, Result};
-use crate::guest::{Guest, VmSpec};
+use crate::error::Result;
+use crate::guest::VmSpec;
 use crate::host::Host;
 use crate::spec::{HostSpec, Kernel};
 
@@ -18,10 +19,10 @@ const SPAN: u32 = 64 << 20;
 const ROUNDS: usize = 5;
 
 /// So many times as many accesses make a round where time counts: it takes some seconds then, as one of instructions does.
-const MORE: u32 = 4;
+const MORE: u32 = 8;
 
 /// The longest that a round may take: some 5 s on an idle machine.
-const ROUND: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One kind of access.
 struct Load {
@@ -29,7 +30,7 @@ struct Load {
     time: &'static str,
     direction: &'static str,
     bytes: u32,
-    threads: u32,
+    depth: u32,
     count: u32,
     order: &'static str,
 }
@@ -38,11 +39,11 @@ const fn load(
     names: [&'static str; 2],
     direction: &'static str,
     bytes: u32,
-    threads: u32,
+    depth: u32,
     count: u32,
     order: &'static str,
 ) -> Load {
-    Load { instructions: names[0], time: names[1], direction, bytes, threads, count, order }
+    Load { instructions: names[0], time: names[1], direction, bytes, depth, count, order }
 }
 
 const LOADS: [Load; 6] = [
@@ -79,7 +80,7 @@ const LOADS: [Load; 6] = [
         "random",
     ),
     load(
-        ["disk: read in a row, instructions for a MiB", "disk: read in a row, for a MiB"],
+        ["disk: read in a row, instructions for a MiB", "disk: read in a row"],
         "read",
         1 << 20,
         1,
@@ -87,7 +88,7 @@ const LOADS: [Load; 6] = [
         "row",
     ),
     load(
-        ["disk: write in a row, instructions for a MiB", "disk: write in a row, for a MiB"],
+        ["disk: write in a row, instructions for a MiB", "disk: write in a row"],
         "write",
         1 << 20,
         1,
@@ -101,54 +102,49 @@ pub fn measure(artifacts: &Artifacts) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for deterministic in [true, false] {
         let mut rounds: [Vec<f64>; LOADS.len()] = Default::default();
-        go_on_with_other_hosts(|| on_one_host(artifacts, deterministic, &mut rounds))?;
-        figures
-            .extend(LOADS.iter().zip(&mut rounds).map(|(load, rounds)| figure(load, rounds, deterministic)));
+        on_hosts(deterministic, || on_one_host(artifacts, deterministic, &mut rounds))?;
+        for (load, rounds) in LOADS.iter().zip(&rounds) {
+            let count = f64::from(count(load, deterministic));
+            figures.push(match (deterministic, load.order) {
+                (true, _) => least(load.instructions, rounds, &|took| took * 1e6 / count, "k"),
+                (false, "row") => least(load.time, rounds, &|took| count / took, "MiB/s"),
+                (false, _) => least(load.time, rounds, &|took| count / took, "/s"),
+            });
+        }
     }
     Ok(figures)
 }
 
 /// Goes on with what is missing of `rounds`, until all is there or the host is lost.
 fn on_one_host(artifacts: &Artifacts, deterministic: bool, rounds: &mut [Vec<f64>]) -> Result<()> {
-    let mut spec = HostSpec::new(&[]).memory_mib(1536);
-    spec.cpus = 1;
-    spec.deterministic = deterministic;
-    let host = Host::boot(&spec, artifacts, &[Kernel::Cloud6_12])?;
+    let kernel = Kernel::Generic6_12;
+    let spec = HostSpec { deterministic, ..HostSpec::new(&[]).memory_mib(2048) };
+    let host = Host::boot(&spec, artifacts, &[kernel])?;
+    let watch = Stopwatch::new(&host, PATIENCE)?;
     // With something in it: what is a hole need not be read.
     host.sh(&format!("dd if=/dev/zero of=/run/bench.img bs=1M count={} 2>/dev/null", SPAN >> 20))?;
-    let mut vm = VmSpec::new(Kernel::Cloud6_12).options("--disk path=/run/bench.img,image_type=raw");
-    vm.modules = vec!["virtio_pci", "virtio_blk"];
+    let vm = VmSpec::new(kernel).memory("768M").options("--disk path=/run/bench.img,image_type=raw");
+    let mut vm = networked(&host, vm)?;
+    vm.modules.push("virtio_blk");
     for (load, rounds) in LOADS.iter().zip(rounds) {
         if rounds.len() == ROUNDS {
             continue;
         }
-        // A new guest for each: what the last load has left (threads that serve its depth, say) changes the next one by half.
+        // A new guest for each, with none of the threads that the VMM has made for the last one.
         let guest = host.start_vm(&vm)?;
+        join(&guest)?;
+        let Load { direction, bytes, depth, order, .. } = load;
+        let count = count(load, deterministic);
+        let line = format!("guest_tool disk /dev/vda {direction} {bytes} {depth} {count} {order} {SPAN}");
         while rounds.len() < ROUNDS {
-            rounds.push(one(&guest, load, if deterministic { 1 } else { MORE })?);
+            rounds.push(watch.guest(&guest, &line)?);
         }
         guest.power_off()?;
     }
     Ok(())
 }
 
-/// Microseconds that an access took.
-fn one(guest: &Guest<'_>, load: &Load, times: u32) -> Result<f64> {
-    let Load { direction, bytes, threads, order, .. } = load;
-    let count = load.count * times;
-    let command = format!("guest_tool disk /dev/vda {direction} {bytes} {threads} {count} {order} {SPAN}");
-    let text = guest.sh_for(&command, ROUND)?;
-    let nanos: f64 = text.trim().parse().map_err(|_| Error::Check(format!("{command}: {text}")))?;
-    Ok(nanos / f64::from(count) / 1000.0)
-}
-
-/// The round that took least: what else the host has to do comes on top of it, now more and now less.
-fn figure(load: &Load, rounds: &mut [f64], deterministic: bool) -> Figure {
-    let middle = median(rounds);
-    let (least, most) =
-        (rounds.first().copied().unwrap_or_default(), rounds.last().copied().unwrap_or_default());
-    let what = if load.order == "row" { "MiB/s" } else { "accesses a second" };
-    let note = format!("{:.0} {what}; middle {middle:.1}, most {most:.1}", 1e6 / least);
-    let (name, unit) = if deterministic { (load.instructions, "k") } else { (load.time, "us") };
-    Figure { name, value: least, unit, target: None, note }
+/// Accesses of a round.
+fn count(load: &Load, deterministic: bool) -> u32 {
+    if deterministic { load.count } else { load.count * MORE }
 }

@@ -1,65 +1,90 @@
-//! Accesses to a disk past the guest's cache, for measuring: so many of one size, by so many threads at a time, in a row or anywhere.
+//! Accesses to a disk past the guest's cache, for measuring: so many of one size, a number of them at a time, in a row or anywhere. One thread begins
+//! all of them by io_uring, as programs that care for speed do.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::thread;
-use std::time::Instant;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 
-/// What O_DIRECT asks of memory.
-const ALIGN: usize = 4096;
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode};
 
-/// `disk PATH read|write BYTES THREADS COUNT random|row SPAN`: prints the nanoseconds that COUNT accesses within the first SPAN bytes took in all.
-pub fn run(words: &[&str]) -> io::Result<String> {
-    let &[path, direction, bytes, threads, count, order, span] = words else {
-        return Err(io::Error::other("it takes PATH read|write BYTES THREADS COUNT random|row SPAN"));
+/// Memory that starts here is one huge page: what is given to the disk is in one piece in each run, not in more or fewer by chance.
+const ALIGN: usize = 2 << 20;
+
+/// `disk PATH read|write BYTES DEPTH COUNT random|row SPAN`: says `ready`, waits for a line, and makes COUNT accesses within the first SPAN bytes.
+pub fn run(words: &[&str]) -> io::Result<()> {
+    let &[path, direction, bytes, depth, count, order, span] = words else {
+        return Err(io::Error::other("it takes PATH read|write BYTES DEPTH COUNT random|row SPAN"));
     };
-    let number =
-        |text: &str| text.parse::<u64>().map_err(|_| io::Error::other(format!("{text} is no number")));
-    let (bytes, threads, count, span) =
-        (number(bytes)?, number(threads)?.max(1), number(count)?, number(span)?);
+    let (bytes, depth): (u32, u32) = (number(bytes)?, number(depth)?);
+    let (count, span): (u64, u64) = (number(count)?, number(span)?);
     let writes = direction == "write";
     let file = OpenOptions::new().read(true).write(writes).custom_flags(libc::O_DIRECT).open(path)?;
-    let places = (span / bytes.max(1)).max(1);
-    let (share, random) = (count / threads, order == "random");
-    let start = Instant::now();
-    thread::scope(|scope| {
-        let all: Vec<_> = (0..threads)
-            .map(|thread| {
-                let file = &file;
-                scope.spawn(move || accesses(file, writes, bytes, (thread, share), places, random))
-            })
-            .collect();
-        all.into_iter()
-            .try_for_each(|one| one.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))))
-    })?;
-    Ok(start.elapsed().as_nanos().to_string())
-}
-
-fn accesses(
-    file: &File,
-    writes: bool,
-    bytes: u64,
-    (thread, count): (u64, u64),
-    places: u64,
-    random: bool,
-) -> io::Result<()> {
-    let len = usize::try_from(bytes).map_err(io::Error::other)?;
-    let mut memory = vec![1_u8; len + ALIGN];
+    let size = usize::try_from(bytes).map_err(io::Error::other)?;
+    let slots = usize::try_from(depth).map_err(io::Error::other)?;
+    // Never given back: the kernel may still be at work on it after an error.
+    let memory = vec![1_u8; (size * slots).next_multiple_of(ALIGN) + ALIGN].leak();
     let skip = memory.as_ptr().align_offset(ALIGN);
-    let buffer = &mut memory[skip..skip + len];
-    // Xorshift: the same places in every run.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ (thread + 1);
-    for n in 0..count {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let place = if random { state } else { thread * count + n } % places;
-        if writes {
-            file.write_all_at(buffer, place * bytes)?;
-        } else {
-            file.read_exact_at(buffer, place * bytes)?;
+    let mut ring = IoUring::new(depth)?;
+    let mut places = Places {
+        random: order == "random",
+        step: u64::from(bytes),
+        count: span / u64::from(bytes.max(1)),
+        state: 0,
+    };
+
+    // Whoever measures gives the word when all is there.
+    println!("ready");
+    io::stdin().read_line(&mut String::new())?;
+    let mut free: Vec<usize> = (0..slots).collect();
+    let (mut begun, mut done) = (0, 0);
+    while done < count {
+        while let Some(slot) = free.pop_if(|_| begun < count) {
+            let buffer = memory[skip + slot * size..].as_mut_ptr();
+            let place = places.next();
+            let entry = if writes {
+                opcode::Write::new(Fd(file.as_raw_fd()), buffer, bytes).offset(place).build()
+            } else {
+                opcode::Read::new(Fd(file.as_raw_fd()), buffer, bytes).offset(place).build()
+            };
+            // SAFETY: the buffer is a slot of `memory`, which lives forever, and no other access uses it now.
+            unsafe { ring.submission().push(&entry.user_data(slot as u64)) }.map_err(io::Error::other)?;
+            begun += 1;
+        }
+        ring.submit_and_wait(1)?;
+        for end in ring.completion() {
+            if end.result() != bytes.cast_signed() {
+                return Err(io::Error::other(format!("an access ended with {}", end.result())));
+            }
+            free.push(usize::try_from(end.user_data()).map_err(io::Error::other)?);
+            done += 1;
         }
     }
     Ok(())
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> io::Result<T> {
+    text.parse().map_err(|_| io::Error::other(format!("{text} is no number")))
+}
+
+/// Where the accesses go: the same places in every run.
+struct Places {
+    random: bool,
+    step: u64,
+    count: u64,
+    state: u64,
+}
+
+impl Places {
+    fn next(&mut self) -> u64 {
+        self.state = if self.random {
+            // Of Knuth's MMIX: its upper bits are what is random.
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407)
+        } else {
+            self.state + 1
+        };
+        let number = if self.random { self.state >> 33 } else { self.state - 1 };
+        number % self.count.max(1) * self.step
+    }
 }

@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         ["abuse", seconds, seed, bdfs @ ..] if !bdfs.is_empty() => abuse::run(seconds, seed, bdfs),
         ["storm", seconds, seed, address, length] => storm::run(seconds, seed, address, length),
         ["cpuid", leaf] => cpuid(leaf),
-        ["disk", words @ ..] => disk::run(words).map(|text| println!("{text}")),
+        ["disk", words @ ..] => disk::run(words),
         ["drm"] => drm::draw(),
         ["vsock", rest @ ..] => vsock::run(rest),
         ["break-rings", bdf, queue] => virtio::break_rings(bdf, queue, false),
