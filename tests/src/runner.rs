@@ -130,8 +130,10 @@ impl<'a> Plan<'a> {
         }
         let groups = groups.into_iter().map(|(host, left)| {
             let mut guests: BTreeSet<Kernel> = left.iter().map(|scenario| scenario.guest).collect();
-            // What is on Debian's disks is for that one.
-            guests.extend(host.debian.then_some(debian::KERNEL));
+            // Scenarios name that one where the kernel is no matter, and what is on Debian's disks is for it.
+            if host.debian || guests.contains(&Kernel::Generic6_1) || guests.contains(&Kernel::Cloud6_1) {
+                guests.insert(debian::KERNEL);
+            }
             Group { left, guests: guests.into_iter().collect(), begun: false }
         });
         Self { groups: groups.collect() }

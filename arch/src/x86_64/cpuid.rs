@@ -24,6 +24,7 @@ const EDX_HTT: u32 = 1 << 28;
 // Leaf 0x8000_0001.
 const ECX_CMP_LEGACY: u32 = 1 << 1;
 const ECX_SVM: u32 = 1 << 2;
+const ECX_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 // Levels of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -32,6 +33,7 @@ const LEVEL_DIE: u32 = 5;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_0026;
+const LEAF_AMD_UNIT: u32 = 0x8000_001e;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
 const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 const LEAF_TIMING: u32 = 0x4000_0010;
@@ -93,6 +95,9 @@ impl CpuidTemplate {
                 push_levels(&mut entries, LEAF_TOPOLOGY_V2, &[thread_level(topology), core]);
             }
         }
+        if amd && topology.threads_per_core() > 1 {
+            insert_amd_unit(&mut entries);
+        }
         if !options.amx {
             amx::hide(&mut entries);
         }
@@ -118,7 +123,7 @@ impl CpuidTemplate {
             match entry.function {
                 1 => entry.ebx = entry.ebx & 0x00ff_ffff | (apic_id & 0xff) << 24,
                 LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => entry.edx = apic_id,
-                0x8000_001e => {
+                LEAF_AMD_UNIT => {
                     let core = apic_id & low_bits(self.topology.package_shift());
                     entry.eax = apic_id;
                     entry.ebx = (core >> self.topology.core_shift()) & 0xff
@@ -232,6 +237,21 @@ fn apply(entry: &mut kvm_cpuid_entry2, options: &CpuidOptions, amd: bool) {
         // The IOAPIC in the kernel does not know them, so the topology has none.
         LEAF_KVM_FEATURES => entry.eax &= !KVM_FEATURE_MSI_EXT_DEST_ID,
         _ => {}
+    }
+}
+
+/// Makes sure that there is AMD's leaf of a processor's place: without it, Linux before 6.9 takes each thread for a core, whatever leaf 0xb says. Hosts
+/// whose cores have one thread need not have it.
+fn insert_amd_unit(entries: &mut Vec<kvm_cpuid_entry2>) {
+    if !entries.iter().any(|entry| entry.function == LEAF_AMD_UNIT) {
+        entries.push(kvm_cpuid_entry2 { function: LEAF_AMD_UNIT, ..Default::default() });
+    }
+    for entry in entries {
+        match entry.function {
+            0x8000_0000 => entry.eax = entry.eax.max(LEAF_AMD_UNIT),
+            0x8000_0001 => entry.ecx |= ECX_TOPOLOGY_EXTENSIONS,
+            _ => {}
+        }
     }
 }
 

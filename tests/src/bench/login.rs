@@ -11,7 +11,7 @@ use crate::host::Host;
 use crate::spec::HostSpec;
 
 /// A host that counts its instructions is several times slower than one that does not.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(400);
 
 /// Exec of the VMM to the login prompt on the console: in seconds of work of a host whose time is counted instructions (10^9 of them are one), and of the
 /// ordinary emulated host. Once each on a host: the second boot would find a file system that was not unmounted.

@@ -106,6 +106,24 @@ fn amd_leaves_count_threads_and_name_the_core() {
 }
 
 #[test]
+fn threads_of_an_amd_core_are_told_where_the_hosts_cores_have_one() {
+    let mut supported = host(b"AuthenticAMD", 0x10);
+    supported.retain(|leaf| leaf.function != LEAF_AMD_UNIT);
+    supported.push(leaf(0x8000_0000, 0, [0x8000_001a, 0, 0, 0]));
+    let entries = |threads, vcpu| {
+        let topology = Topology::new(threads, 2, 1, 1, 2 * threads).unwrap();
+        CpuidTemplate::new(&supported, &options(topology)).entries(vcpu)
+    };
+    let two = entries(2, 3);
+    assert_eq!(find(&two, LEAF_AMD_UNIT, 0).ebx, 1 << 8 | 1);
+    assert_eq!(find(&two, 0x8000_0000, 0).eax, LEAF_AMD_UNIT);
+    assert_ne!(find(&two, 0x8000_0001, 0).ecx & ECX_TOPOLOGY_EXTENSIONS, 0);
+    let one = entries(1, 1);
+    assert!(!one.iter().any(|leaf| leaf.function == LEAF_AMD_UNIT));
+    assert_eq!(find(&one, 0x8000_0001, 0).ecx & ECX_TOPOLOGY_EXTENSIONS, 0);
+}
+
+#[test]
 fn address_bits_are_what_guests_can_address_and_the_limit_allows() {
     let supported = host(b"GenuineIntel", 0x20); // 52 bits, of which guests can address 48
     let bits = |max_phys_bits| {
