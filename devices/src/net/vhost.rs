@@ -95,7 +95,9 @@ impl Vhost {
         control.broken = pairs.iter().flat_map(Pair::broken).collect();
         let (tap, shared) = (Arc::clone(&control.tap), Arc::clone(&control.shared));
         let mut pairs = Pairs { pairs, in_use, tap, shared };
-        pairs.start()?;
+        if !control.interrupt.begins_paused() {
+            pairs.start()?;
+        }
         let pairs = Arc::new(Mutex::new(pairs));
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&pairs);
         let interrupt = Arc::clone(&control.interrupt);

@@ -3,10 +3,11 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::keeper::{Desk, Job};
+use super::keeper::{Desk, Job, PAIR};
 use super::net::F_MQ;
 use crate::virtio::MemoryView;
 use crate::virtio::chain::Chain;
@@ -59,7 +60,8 @@ fn command(most: u16, desk: &Desk, view: &MemoryView, chain: Chain) -> Served {
     };
     let answer = if (1..=most).contains(&wanted) {
         // It need not be waited for: the driver may use the queues from now on, and is served as soon as they are.
-        drop(desk.post(Job::Enable(wanted * 2)));
+        desk.enabled.store(wanted * PAIR, Ordering::Relaxed);
+        drop(desk.post(Job::Enable(wanted * PAIR)));
         OK
     } else {
         ERR

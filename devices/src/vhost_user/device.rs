@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::control_queue;
 use super::error::VhostUserError;
-use super::keeper::{Desk, Duty, End, Job, Keeper, LIMIT};
+use super::keeper::{Desk, Duty, End, Job, Keeper, LIMIT, PAIR};
 use super::peer::Mode;
 use crate::virtio::device::{Activation, Active, DeviceError, DeviceType, Saved, VirtioDevice};
 use crate::virtio::worker::Worker;
@@ -76,6 +76,8 @@ pub struct VhostUser {
     features: u64,
     desk: Arc<Desk>,
     thread: Option<JoinHandle<()>>,
+    /// How many queues, from the first, a driver uses that is about to go on; zero if there is none.
+    restored: AtomicU16,
 }
 
 impl VhostUser {
@@ -107,7 +109,7 @@ impl VhostUser {
         // It answers: nothing it does then has no limit.
         let features = told.recv().unwrap_or(Err(VhostUserError::Lacks("answer")))?;
         let features = features & about.passed | about.own;
-        Ok(Self { about, features, desk, thread })
+        Ok(Self { about, features, desk, thread, restored: AtomicU16::new(0) })
     }
 
     fn is_backends(&self) -> bool {
@@ -165,12 +167,15 @@ impl VirtioDevice for VhostUser {
         } else {
             None
         };
+        // A driver begins with one pair, unless it began elsewhere.
+        let enabled = self.restored.swap(0, Ordering::Relaxed).max(PAIR);
+        self.desk.enabled.store(enabled, Ordering::Relaxed);
         let duty = Duty {
             queues: activation.queues,
             memory: activation.memory,
             features: activation.features,
             interrupt: activation.interrupt,
-            enabled: if control.is_some() { 2 } else { u16::MAX },
+            enabled: if control.is_some() { enabled } else { u16::MAX },
         };
         // The driver does not wait for it: what it rings in the meantime is heard later.
         drop(self.desk.post(Job::Activate(duty)));
@@ -183,13 +188,25 @@ impl VirtioDevice for VhostUser {
 
     fn save(&self) -> Result<Saved, String> {
         match self.about.device_type {
-            // All that these know is in their queues and on their medium.
-            DeviceType::NET | DeviceType::BLOCK => Ok(Saved::Null),
+            // All else that these know is in their queues and on their medium.
+            DeviceType::NET => Ok((self.desk.enabled.load(Ordering::Relaxed) / PAIR).into()),
+            DeviceType::BLOCK => Ok(Saved::Null),
             _ => Err(format!(
                 "device {}: what its vhost-user backend knows (open files, for example) cannot be saved; remove the device first",
                 self.about.name
             )),
         }
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), String> {
+        // Snapshots of earlier versions did not say.
+        let Some(pairs) = saved.as_u64() else { return Ok(()) };
+        let most = self.about.queue_sizes.len() / usize::from(PAIR);
+        let enabled = u16::try_from(pairs).ok().filter(|pairs| (1..=most).contains(&usize::from(*pairs)));
+        let enabled =
+            enabled.ok_or_else(|| format!("{pairs} pairs of queues were in use, and there are {most}"))?;
+        self.restored.store(enabled * PAIR, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -220,8 +237,18 @@ impl Active for AtWork {
         self.desk.ask(Job::Pause);
     }
 
+    fn hold(&self, limit: Duration) {
+        let held = self.desk.post(Job::Pause);
+        if let Some(control) = &self.control {
+            control.hold(limit);
+        }
+        // A backend that takes its time stops later.
+        let _ = held.recv_timeout(limit);
+    }
+
     fn resume(&self) {
-        self.desk.ask(Job::Resume);
+        // A guest may be the one that asks: it does not wait for the backend. What comes after this is done after it.
+        drop(self.desk.post(Job::Resume));
         if let Some(control) = &self.control {
             control.resume();
         }

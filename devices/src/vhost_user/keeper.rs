@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -29,6 +29,8 @@ use crate::virtio::worker::Worker;
 
 /// The longest that the backend may take for what one call asks of it.
 pub(super) const LIMIT: Duration = Duration::from_secs(5);
+/// Queues of a pair.
+pub(super) const PAIR: u16 = 2;
 /// Writes to the configuration that may wait to be passed on: a driver could write without end.
 const WRITES_MAX: usize = 16;
 const GUARD_STACK_BYTES: usize = 64 << 10;
@@ -108,6 +110,8 @@ pub(super) struct Desk {
     line: Mutex<Option<UnixStream>>,
     /// The backend passes on writes to its configuration in good time.
     pub(super) prompt: AtomicBool,
+    /// How many queues, from the first, the driver of a network device uses.
+    pub(super) enabled: AtomicU16,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -124,6 +128,7 @@ impl Desk {
             config: Mutex::default(),
             line: Mutex::default(),
             prompt: AtomicBool::new(true),
+            enabled: AtomicU16::new(PAIR),
         }))
     }
 
@@ -303,8 +308,8 @@ impl Keeper {
     fn perform(&mut self, job: Job) {
         match job {
             Job::Activate(duty) => {
+                self.paused = duty.interrupt.begins_paused();
                 self.duty = Some(duty);
-                self.paused = false;
                 self.take_up(None);
             }
             Job::Stop(end) => {

@@ -20,7 +20,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 use super::*;
 use crate::virtio::Memory;
 use crate::virtio::device::{
-    Active, DeviceType, F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1, VirtioDevice,
+    Activation, Active, DeviceType, F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1, VirtioDevice,
 };
 use crate::virtio::ring::{RingFeatures, RingPosition};
 use crate::virtio::testing::{DriverQueue, Interrupts, activation, memory};
@@ -283,6 +283,13 @@ fn after_pause_reset_and_a_second_driver_the_rings_go_on_where_they_are() {
     assert_eq!(driver.queues[1].used(), None, "a paused device does nothing");
     driver.active().resume();
     assert_eq!(driver.queues[1].wait_used(), Some((id, 8)));
+    driver.active().hold(LONG);
+    let id = driver.queues[1].add(&[(0x52000, 8, true)]);
+    driver.queues[1].ring();
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(driver.queues[1].used(), None, "nor does one that is held");
+    driver.active().resume();
+    assert_eq!(driver.queues[1].wait_used(), Some((id, 8)));
     driver.fill(1, 0x53000);
     driver.active().stop();
     assert!(driver.active().wait_stopped(LONG));
@@ -295,14 +302,34 @@ fn after_pause_reset_and_a_second_driver_the_rings_go_on_where_they_are() {
 }
 
 #[test]
+fn a_restored_device_begins_when_its_machine_goes_on() {
+    let backend = Running::start(0, all_protocol(), &[]);
+    let device = fs_at(&backend.socket).unwrap();
+    let (mut queues, activation, interrupts) = offered(&shared_memory());
+    interrupts.paused.store(true, Ordering::Relaxed);
+    let active = device.activate(activation).unwrap();
+    let id = queues[1].add(&[(0x50000, 8, true)]);
+    queues[1].ring();
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(queues[1].used(), None);
+    active.resume();
+    assert_eq!(queues[1].wait_used(), Some((id, 8)));
+}
+
+/// Two queues, what a device is activated with that has them, and the interrupts that it gives.
+fn offered(memory: &Memory) -> (Vec<DriverQueue>, Activation, Arc<Interrupts>) {
+    let queues: Vec<_> = (0..2).map(|n| DriverQueue::new(memory, 0x10000 + n * 0x10000, 16, SPLIT)).collect();
+    let interrupts = Arc::<Interrupts>::default();
+    let activation = activation(memory, F_VERSION_1, &queues, &interrupts);
+    (queues, activation, interrupts)
+}
+
+#[test]
 fn the_position_of_a_stopped_ring_is_known_to_who_saves_it() {
     let backend = Running::start(0, all_protocol(), &[]);
     let device = fs_at(&backend.socket).unwrap();
     let memory = shared_memory();
-    let mut queues: Vec<_> =
-        (0..2).map(|n| DriverQueue::new(&memory, 0x10000 + n * 0x10000, 16, SPLIT)).collect();
-    let interrupts = Arc::<Interrupts>::default();
-    let activation = activation(&memory, F_VERSION_1, &queues, &interrupts);
+    let (mut queues, activation, _interrupts) = offered(&memory);
     let position = activation.queues[1].shared_position().clone();
     let active = device.activate(activation).unwrap();
     for _ in 0..3 {
@@ -468,6 +495,21 @@ fn pairs_of_queues_are_switched_on_by_the_control_queue() {
     assert_eq!(driver.set_pairs(2), 0);
     driver.queues[2].ring();
     assert_eq!(driver.queues[2].wait_used(), Some((id, 8)));
+
+    // What goes on elsewhere has them both from the start, and a driver that begins anew has one.
+    let saved = device.save().unwrap();
+    let backend = Running::start(1 << 22, all_protocol(), &[]);
+    let device = net::new("_net0", &net_settings(&backend.socket, Mode::Client, 4)).unwrap();
+    assert!(device.restore(&9.into()).is_err());
+    device.restore(&saved).unwrap();
+    let mut driver = Driver::start(&device, shared_memory(), 5);
+    driver.fill(2, 0x51000);
+    driver.active().stop();
+    assert!(driver.active().wait_stopped(LONG));
+    drop(driver);
+    let driver = Driver::start(&device, shared_memory(), 5);
+    assert_eq!(device.save().unwrap(), 1);
+    drop(driver);
 }
 
 #[test]

@@ -226,10 +226,8 @@ pub trait Active: Debug + Send + Sync {
     /// Ends what has begun, begins nothing new, and returns when that is so.
     fn pause(&self);
 
-    /// Begins nothing new, as after [`Self::pause`], but waits no longer than `limit` for what has begun. What cannot do that goes on as before.
-    fn hold(&self, limit: Duration) {
-        let _ = limit;
-    }
+    /// Begins nothing new, as after [`Self::pause`], but waits no longer than `limit` for what has begun.
+    fn hold(&self, limit: Duration);
 
     /// Goes on.
     fn resume(&self);

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)] // It is a test's.
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ const USED: u16 = 1 << 15;
 #[derive(Debug, Default)]
 pub struct Interrupts {
     seen: Mutex<Seen>,
+    /// Whether the device begins paused.
+    pub paused: AtomicBool,
 }
 
 /// What has come so far.
@@ -59,6 +61,10 @@ impl Interrupt for Interrupts {
 
     fn queue_event(&self, _index: u16) -> io::Result<EventFd> {
         EventFd::new(EFD_NONBLOCK)
+    }
+
+    fn begins_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 }
 

@@ -75,7 +75,8 @@ impl<'a> Stopwatch<'a> {
 
     fn seconds(&self, what: &str, timed: &str) -> Result<f64> {
         let output = self.host.run_for(timed, self.patience)?;
-        match output.text.trim().parse::<f64>() {
+        // What the line itself says comes before.
+        match output.text.lines().next_back().unwrap_or_default().trim().parse::<f64>() {
             Ok(nanos) if nanos > 0.0 => Ok(nanos / 1e9),
             _ => Err(Error::Check(format!("measuring `{what}`: {}", output.text))),
         }
