@@ -230,7 +230,7 @@ fn qcow2(case: &Case<'_>) -> Result<()> {
 /// The test bed's own small guest, to look at a disk from without.
 fn rescue(disk: &str) -> VmSpec {
     let mut vm = VmSpec::new(debian::KERNEL).options(&format!("--disk {disk}"));
-    vm.modules.extend(["virtio_blk", "crc32c_generic", "ext4"]);
+    vm.modules.extend(["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]);
     vm
 }
 

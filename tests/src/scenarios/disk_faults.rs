@@ -28,7 +28,7 @@ pub fn table() -> Vec<Scenario> {
 /// A small guest with these disks.
 fn vm(case: &Case<'_>, disks: &[&str]) -> VmSpec {
     let mut vm = VmSpec::new(case.guest);
-    vm.modules.push("virtio_blk");
+    vm.modules.extend(["virtio_pci", "virtio_blk"]);
     disks.iter().fold(vm, |vm, disk| vm.options(&format!("--disk {disk}")))
 }
 

@@ -45,7 +45,7 @@ fn disk(number: usize) -> String {
 /// A small guest with a disk of each kind, whose images are in `place`.
 fn start<'a>(case: &Case<'a>, place: &str, size: &str) -> Result<Guest<'a>> {
     let mut vm = VmSpec::new(case.guest);
-    vm.modules.push("virtio_blk");
+    vm.modules.extend(["virtio_pci", "virtio_blk"]);
     for (number, (format, keys)) in kinds().iter().enumerate() {
         let image = format!("{place}/{number}");
         // Debian's programs do not see what is mounted below /run.
