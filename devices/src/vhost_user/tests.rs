@@ -277,19 +277,9 @@ fn after_pause_reset_and_a_second_driver_the_rings_go_on_where_they_are() {
     driver.fill(1, 0x50000);
     driver.fill(1, 0x51000);
     driver.active().pause();
-    let id = driver.queues[1].add(&[(0x52000, 8, true)]);
-    driver.queues[1].ring();
-    thread::sleep(Duration::from_millis(100));
-    assert_eq!(driver.queues[1].used(), None, "a paused device does nothing");
-    driver.active().resume();
-    assert_eq!(driver.queues[1].wait_used(), Some((id, 8)));
+    does_nothing_until_resumed(driver.active.as_deref().unwrap(), &mut driver.queues[1], "paused");
     driver.active().hold(LONG);
-    let id = driver.queues[1].add(&[(0x52000, 8, true)]);
-    driver.queues[1].ring();
-    thread::sleep(Duration::from_millis(100));
-    assert_eq!(driver.queues[1].used(), None, "nor does one that is held");
-    driver.active().resume();
-    assert_eq!(driver.queues[1].wait_used(), Some((id, 8)));
+    does_nothing_until_resumed(driver.active.as_deref().unwrap(), &mut driver.queues[1], "held");
     driver.fill(1, 0x53000);
     driver.active().stop();
     assert!(driver.active().wait_stopped(LONG));
@@ -308,12 +298,16 @@ fn a_restored_device_begins_when_its_machine_goes_on() {
     let (mut queues, activation, interrupts) = offered(&shared_memory());
     interrupts.paused.store(true, Ordering::Relaxed);
     let active = device.activate(activation).unwrap();
-    let id = queues[1].add(&[(0x50000, 8, true)]);
-    queues[1].ring();
+    does_nothing_until_resumed(&*active, &mut queues[1], "restored");
+}
+
+fn does_nothing_until_resumed(active: &dyn Active, queue: &mut DriverQueue, state: &str) {
+    let id = queue.add(&[(0x52000, 8, true)]);
+    queue.ring();
     thread::sleep(Duration::from_millis(100));
-    assert_eq!(queues[1].used(), None);
+    assert_eq!(queue.used(), None, "a {state} device does nothing");
     active.resume();
-    assert_eq!(queues[1].wait_used(), Some((id, 8)));
+    assert_eq!(queue.wait_used(), Some((id, 8)));
 }
 
 /// Two queues, what a device is activated with that has them, and the interrupts that it gives.
